@@ -1,0 +1,237 @@
+r"""Guidance and its relatives: functions from a model to a model.
+
+A guided model is a model, so samplers never learn what guidance is. The scale ``w`` means the same everywhere: 0 is
+unconditional, 1 is conditional, above 1 is guided.
+"""
+
+import torch
+from torch import nn
+
+from . import checks
+from .prediction import Prediction
+from .process import expand
+
+
+class Wrapped(nn.Module):
+    """A model made from a model: ``call(model, x_t, t, **cond) -> Prediction``.
+
+    Being a module, it passes ``eval``, ``to`` and ``parameters`` on to the network inside.
+    """
+
+    def __init__(self, call, model, process=None):
+        super().__init__()
+        self.call, self.model = call, model
+        self.process = model.process if process is None else process
+
+    def forward(self, x_t, t, **cond):
+        return self.call(self.model, x_t, t, **cond)
+
+
+def bind(model, **bound):
+    """The model with these conditions filled in: ``bind(model, y=y)(x_t, t)`` is ``model(x_t, t, y=y)``."""
+    return Wrapped(lambda m, x_t, t, **cond: m(x_t, t, **bound | cond), model)
+
+
+def classifier_free(model, w, **bound):
+    r"""Classifier-free guidance on the bound conditions, with one call of the network on 2B rows.
+
+    .. math:: \tilde\epsilon = \epsilon_\theta(x_t) + w\,\big(\epsilon_\theta(x_t \mid y) - \epsilon_\theta(x_t)\big)
+
+    The unconditional half carries the same conditions with ``drop`` set, so that the network replaces ``y`` and
+    ``z_img`` by its own null; all else (``x_low``, ``t_low``, ...) is seen by both halves.
+
+    Parameters
+    ----------
+    model : Model
+        Trained with its condition dropped now and then.
+    w : float
+        At least 0. For w = 0 and w = 1 the network sees only B rows.
+    **bound : Tensor
+        Conditions with leading B.
+
+    Returns
+    -------
+    Model
+
+    Equations: cfg.combine_omega
+
+    References
+    ----------
+    .. [1] Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598 (their w is ours - 1);
+       Saharia et al., "Imagen", 2022, arXiv:2205.11487, Eq. 2.
+    """
+    w = checks.real("w", w, 0)
+    if not bound:
+        checks.fail("conditions", "be given, for example y=labels", "none")
+
+    def call(m, x_t, t, **cond):
+        cond = bound | cond
+        n = len(x_t)
+        drop = torch.arange(2 * n, device=x_t.device) >= n  # first half conditional, second half not
+        if w == 1:
+            return m(x_t, t, **cond)
+        if w == 0:
+            return m(x_t, t, **cond, drop=drop[n:])
+        twice = {name: torch.cat([value, value]) for name, value in cond.items()}
+        both = m(torch.cat([x_t, x_t]), torch.cat([t, t]) if t.ndim else t, **twice, drop=drop)
+        given, free = (_half(both, rows) for rows in (slice(n), slice(n, None)))
+        return free.toward(given, w)
+
+    return Wrapped(call, model)
+
+
+def _half(pred, rows):
+    """Some rows of a prediction."""
+    parts = (pred.x_t, pred.scale, pred.std, pred.x0, pred.eps, pred.frac)
+    return Prediction(*(p[rows] if p is not None and p.ndim else p for p in parts))
+
+
+def gradient(log_prob, x, t):
+    """grad_x of the sum of ``log_prob(x, t)``, shaped like x; works under no_grad and inference_mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(log_prob(x, t.clone()).sum(), x)[0]
+
+
+def classifier(model, log_prob, w):
+    r"""Classifier guidance on the noise prediction, with the classifier's gradient at x_t.
+
+    .. math:: \tilde\epsilon = \epsilon_\theta(x_t, t) - w\,\mathrm{std}(t)\,\nabla_{x_t}\log p_\phi(y \mid x_t)
+
+    Parameters
+    ----------
+    model : Model
+    log_prob : function (x (B, *D), t) -> Tensor, shape (B,)
+        log p(y | x_t) of a noise-aware classifier, for the labels wanted.
+    w : float
+        At least 0.
+
+    Returns
+    -------
+    Model
+
+    Equations: cg.eps
+
+    References
+    ----------
+    .. [1] Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv:2105.05233, algorithm 2.
+    """
+    w = checks.real("w", w, 0)
+    checks.function("log_prob", log_prob, "lambda x, t: classifier(x, t).log_softmax(1)[:, y]")
+
+    def call(m, x_t, t, **cond):
+        pred = m(x_t, t, **cond)
+        eps = pred.eps - w * pred.std * gradient(log_prob, x_t, t)
+        return Prediction.from_eps(x_t, pred.scale, pred.std, eps, pred.frac)
+
+    return Wrapped(call, model)
+
+
+def _change_x0(model, change):
+    """The model with ``change`` applied to its x0; eps follows."""
+
+    def call(m, x_t, t, **cond):
+        pred = m(x_t, t, **cond)
+        return Prediction.from_x0(x_t, pred.scale, pred.std, change(pred.x0), pred.frac)
+
+    return Wrapped(call, model)
+
+
+def static_threshold(model, limit=1.0):
+    r"""Clip the predicted clean data (never x_t) to [-limit, limit]; eps is computed again.
+
+    .. math:: \hat x_0 \leftarrow \mathrm{clip}(\hat x_0, -c, c)
+
+    Equations: thresh.static
+
+    References
+    ----------
+    .. [1] Saharia et al., 2022, arXiv:2205.11487, section 2.3.
+    """
+    limit = checks.real("limit", limit, 1)
+    return _change_x0(model, lambda x0: x0.clamp(-limit, limit))
+
+
+def dynamic_threshold(model, percentile=0.995):
+    r"""Scale each sample's predicted clean data back into [-1, 1] when too much of it lies outside.
+
+    .. math:: s = \max(1, \mathrm{percentile}_p |\hat x_0|)\ \text{per sample}, \qquad
+              \hat x_0 \leftarrow \mathrm{clip}(\hat x_0, -s, s) / s
+
+    Parameters
+    ----------
+    model : Model
+    percentile : float
+        In (0, 1].
+
+    Returns
+    -------
+    Model
+
+    Equations: thresh.dynamic
+
+    References
+    ----------
+    .. [1] Saharia et al., 2022, arXiv:2205.11487, section 2.3.
+    """
+    p = checks.real("percentile", percentile, 0, 1, open_low=True)
+
+    def change(x0):
+        s = expand(x0.abs().flatten(1).float().quantile(p, dim=1).clamp(min=1), x0)
+        return x0.clamp(-s, s) / s
+
+    return _change_x0(model, change)
+
+
+def reschedule(model, process):
+    r"""The model, to be called on another process: the two meet in the log SNR.
+
+    .. math:: t' = \lambda_{model}^{-1}(\lambda_{process}(t)), \qquad x_{t'} = \tfrac{a'}{a}\, x_t
+
+    The clean data predicted are the same, whichever way the noise was scaled.
+
+    Parameters
+    ----------
+    model : Model
+    process : Process
+        The schedule to sample on.
+
+    Returns
+    -------
+    Model
+        With ``.process`` the new process.
+
+    Equations: sched.train_vs_sample
+
+    References
+    ----------
+    .. [1] Kingma et al., "Variational Diffusion Models", 2021, arXiv:2107.00630, section 5.1.
+    """
+
+    def call(m, x_t, t, **cond):
+        scale, std = (expand(c, x_t) for c in process.levels(t))
+        t_model = m.process.time_of(process.continuous().log_snr(t.double())).clamp(max=m.process.T)
+        scale_model, _ = (expand(c, x_t) for c in m.process.levels(t_model))
+        pred = m(x_t * (scale_model / scale), t_model, **cond)
+        return Prediction(x_t, scale, std, pred.x0, pred.eps, pred.frac)
+
+    return Wrapped(call, model, process)
+
+
+class Trace(Wrapped):
+    """A model that keeps count: `n_evaluations`, and the ``(t, prediction)`` pairs it gave in `history`."""
+
+    def __init__(self, model):
+        super().__init__(None, model)
+        self.n_evaluations, self.history = 0, []
+
+    def forward(self, x_t, t, **cond):
+        pred = self.model(x_t, t, **cond)
+        self.n_evaluations += 1
+        self.history.append((t, pred))
+        return pred
+
+
+def trace(model):
+    """The model, watched: see `Trace`. Progressive x0 is ``[p.x0 for t, p in traced.history]``."""
+    return Trace(model)
