@@ -186,9 +186,10 @@ def dynamic_threshold(model, percentile=0.995):
 def reschedule(model, process):
     r"""The model, to be called on another process: the two meet in the log SNR.
 
-    .. math:: t' = \lambda_{model}^{-1}(\lambda_{process}(t)), \qquad x_{t'} = \tfrac{a'}{a}\, x_t
+    .. math:: t' = \lambda_{model}^{-1}(\lambda_{process}(t)), \qquad x_{t'} = \tfrac{b'}{b}\, x_t
 
-    The clean data predicted are the same, whichever way the noise was scaled.
+    with b = std. The clean data and the noise predicted are the same, whichever way they were scaled. Levels noisier
+    than the model's own T are read at T.
 
     Parameters
     ----------
@@ -211,8 +212,8 @@ def reschedule(model, process):
     def call(m, x_t, t, **cond):
         scale, std = (expand(c, x_t) for c in process.levels(t))
         t_model = m.process.time_of(process.continuous().log_snr(t.double())).clamp(max=m.process.T)
-        scale_model, _ = (expand(c, x_t) for c in m.process.levels(t_model))
-        pred = m(x_t * (scale_model / scale), t_model, **cond)
+        _, std_model = (expand(c, x_t) for c in m.process.levels(t_model))
+        pred = m(x_t * (std_model / std), t_model, **cond)
         return Prediction(x_t, scale, std, pred.x0, pred.eps, pred.frac)
 
     return Wrapped(call, model, process)

@@ -56,6 +56,11 @@ class GaussianOracle(Oracle):
         scale, std = self.process.levels(t)
         return scale * self.mean, scale**2 * self.var + std**2
 
+    def var_x0(self, t):
+        """Var[x0 | x_t], of shape *D, for a 0-d time."""
+        _, std = self.process.levels(t)
+        return self.var * std**2 / self.law(t)[1]
+
     def forward(self, x_t, t, **cond):
         a, b = self.levels(x_t, t)
         mean, var = self.mean.to(x_t), self.var.to(x_t)
@@ -79,12 +84,9 @@ class GaussianOracle(Oracle):
         ----------
         .. [1] Bao et al., "Analytic-DPM", 2022, arXiv:2201.06503, theorem 1.
         """
-        pred = self(x_t, t)
-        mean, sigma = posterior(self.process, pred.x0, x_t, t, s)
-        per_x0, _ = posterior(self.process, torch.ones_like(x_t), torch.zeros_like(x_t), t, s)
-        var = self.var.to(x_t)
-        var_x0 = var * pred.std**2 / (pred.scale**2 * var + pred.std**2)
-        return mean, (sigma**2 + per_x0**2 * var_x0).sqrt()
+        mean, sigma = posterior(self.process, self(x_t, t).x0, x_t, t, s)
+        gain, _ = posterior(self.process, torch.ones_like(x_t), torch.zeros_like(x_t), t, s)  # of x0 in the mean
+        return mean, (sigma**2 + gain**2 * self.var_x0(t).to(x_t)).sqrt()
 
 
 class GaussianMixtureOracle(Oracle):

@@ -72,8 +72,6 @@ class KernelStep:
 
     .. math:: p(x_s \mid x_t) = \mathcal N(\mu(x_t, t, s),\ \sigma(x_t, t, s)^2 I)
 
-    At s = 0 the mean is returned: fresh noise on finished data would only blur them.
-
     Parameters
     ----------
     kernel : function (model, x_t, t, s) -> (mean, sigma)
@@ -85,7 +83,7 @@ class KernelStep:
 
     def __call__(self, model, x_t, t, s, noise):
         mean, sigma = self.kernel(model, x_t, t, s)
-        if s == 0 or sigma is None:
+        if sigma is None:
             return mean
         return mean + sigma * checks.same_shape("noise(x)", noise(mean), "x", mean)
 

@@ -47,10 +47,10 @@ def learned(pred, process, t, s):
 def make_ddpm_step(variance=beta_tilde):
     r"""Ancestral sampling: draw x_s from the posterior at the predicted clean data.
 
-    .. math:: x_{t-1} = \tilde\mu_t(x_t, \hat x_0) + \sigma_t z
-              = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}}\,\hat\epsilon\Big) + \sigma_t z
+    .. math:: x_{t-1} = \tilde\mu_t(x_t, \hat x_0) + \sigma_t z, \qquad
+              \tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}}\,\hat\epsilon\Big)
 
-    with z = 0 at the last step. Strides are exact: the posterior is that of q(x_s | x_t, x_0).
+    with z = 0 at the last step, whatever the variance: fresh noise on finished data would only blur them. Strides are exact: the posterior is that of q(x_s | x_t, x_0).
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def make_ddpm_step(variance=beta_tilde):
     def kernel(model, x_t, t, s):
         pred = model(x_t, t)
         mean, _ = posterior(model.process, pred.x0, x_t, t, s)
-        return mean, variance(pred, model.process, t, s).sqrt()
+        return mean, None if s == 0 else variance(pred, model.process, t, s).sqrt()
 
     return KernelStep(kernel)
 
@@ -122,7 +122,7 @@ def _reverse_sde(model, x_t, t, s):
     t, dt = t.double(), expand((t - s).double(), x_t)
     g = expand(process.diffusion(t), x_t)
     mean = x_t - (process.drift(x_t, t) - g**2 * pred.score) * dt
-    return mean, g * dt.sqrt()
+    return mean, None if s == 0 else g * dt.sqrt()
 
 
 def _sde(process):
@@ -137,6 +137,8 @@ euler_maruyama_step.__doc__ = r"""The reverse SDE by Euler and Maruyama.
 
     .. math:: x_s = x_t - \big[f(x_t, t) - g(t)^2\, s_\theta(x_t, t)\big](t - s) + g(t)\sqrt{t - s}\, z
 
+    with z = 0 at the last step, s = 0.
+
     References
     ----------
     .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 6 and appendix D.
@@ -147,7 +149,8 @@ kernel_step.__doc__ = r"""The model of 2015: it says mean and standard deviation
 
     .. math:: x_s = \mu_\theta(x_t, t) + \sigma_\theta(x_t, t)\, z
 
-    The model has a method ``reverse_kernel(x_t, t, s) -> (mean, sigma)``, as `oracles.GaussianOracle` does.
+    The model has a method ``reverse_kernel(x_t, t, s) -> (mean, sigma)``, as `oracles.GaussianOracle` does. Its last
+    step draws, too: there the model says sigma.
 
     References
     ----------
