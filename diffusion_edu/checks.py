@@ -102,7 +102,7 @@ def times_in(name, t, low, high, discrete):
     """Times of the right kind, low <= t <= high. Values are read on the CPU only."""
     if not isinstance(t, Tensor):
         fail(name, "be a torch.Tensor", type(t).__name__, TypeError)
-    if discrete and (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool):
+    if discrete and (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype in (torch.bool, torch.uint8)):
         fail(name, "be an integer tensor on a discrete schedule", t.dtype, TypeError)
     if not discrete and not t.dtype.is_floating_point:
         fail(name, "be a floating-point tensor on a continuous process", t.dtype, TypeError)

@@ -1,5 +1,6 @@
 r"""The interface between networks and everything else: ``model(x_t, t, **cond) -> Prediction``, ``model.process``."""
 
+import torch
 from torch import nn
 
 from . import checks
@@ -34,7 +35,8 @@ class _NetModel(nn.Module):
 
     def run(self, x_in, clock, cond):
         """(output, frac): the network's output, split when it also predicts a variance."""
-        out = self.net(x_in, clock.to(x_in).expand(len(x_in)), **cond)
+        clock = clock.to(x_in.device, torch.promote_types(x_in.dtype, torch.float32))  # bfloat16 has no 999
+        out = self.net(x_in, clock.expand(len(x_in)), **cond)
         channels = x_in.shape[1] * (2 if self.learned_variance else 1)
         if out.shape != (len(x_in), channels, *x_in.shape[2:]):
             rule = f"have shape {(len(x_in), channels, *x_in.shape[2:])} for this sample"

@@ -177,7 +177,10 @@ def dynamic_threshold(model, percentile=0.995):
     p = checks.real("percentile", percentile, 0, 1, open_low=True)
 
     def change(x0):
-        s = expand(x0.abs().flatten(1).float().quantile(p, dim=1).clamp(min=1), x0)
+        if not len(x0):
+            return x0
+        size = x0.abs().flatten(1).to(torch.promote_types(x0.dtype, torch.float32))  # no quantile of half numbers
+        s = expand(size.quantile(p, dim=1).clamp(min=1), x0)
         return x0.clamp(-s, s) / s
 
     return _change_x0(model, change)

@@ -47,7 +47,7 @@ def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
     checks.one_of("target", target, TARGETS)
     if not len(checks.floating("x0", x0)):
         checks.fail("x0", "hold at least one example", "an empty batch")
-    if t.device.type == "cpu" and bool((t == 0).any()):
+    if model.process.check_times(t).device.type == "cpu" and bool((t == 0).any()):
         checks.fail("t", "be greater than 0: there is nothing to predict at time 0", 0)
     x_t = q_sample(model.process, x0, t, eps)
     pred = model(x_t, t, **cond)

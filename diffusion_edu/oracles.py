@@ -23,6 +23,7 @@ class Oracle(nn.Module):
 
     def levels(self, x_t, t):
         """(scale, std), ready to multiply x_t."""
+        checks.batch_of_times("t", t, len(checks.floating("x_t", x_t)))
         return [expand(c, x_t) for c in self.process.levels(t)]
 
 
@@ -151,7 +152,7 @@ class GaussianMixtureOracle(Oracle):
 
     def sample(self, n, generator=None):
         """n clean points (n, D) in float64 and the component (n,) each came from."""
-        k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        k = torch.multinomial(self.log_weights.exp(), max(checks.integer("n", n, 0), 1), True, generator=generator)[:n]
         eps = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[k] + self.stds[k, None] * eps, k
 

@@ -185,7 +185,8 @@ def respace(beta, times):
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     r"""EDM's noise levels: sigma^(1/rho) falls linearly, then 0.
 
-    .. math:: \sigma_i = \big(\sigma_{max}^{1/\rho} + \tfrac{i}{n-1}(\sigma_{min}^{1/\rho} - \sigma_{max}^{1/\rho})\big)^\rho
+    .. math:: \sigma_i = \big(\sigma_{max}^{1/\rho}
+              + \tfrac{i}{n-1}(\sigma_{min}^{1/\rho} - \sigma_{max}^{1/\rho})\big)^\rho
 
     Parameters
     ----------

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from .. import checks
 from ..guidance import gradient
 from ..process import expand, jump, q_sample
@@ -43,7 +45,7 @@ def keep_known(step, x0, mask):
         known = x0.to(x_s).expand_as(x_s)
         if s > 0:
             known = q_sample(model.process, known, s, noise(x_s))
-        return known * mask + x_s * (1 - mask.to(x_s))
+        return torch.where(mask.to(torch.bool), known, x_s)
 
     return kept
 
@@ -120,7 +122,8 @@ def churn(step, gamma, s_noise=1.0, sigma_min=0.0, sigma_max=math.inf):
         if gamma and sigma_min <= (-log_snr / 2).exp() <= sigma_max:
             t_hat = process.time_of(log_snr - 2 * math.log1p(gamma))
             scale, std = (expand(c, x_t) for c in jump(process, t_hat, t))
-            x_t, t = scale * x_t + s_noise * std * noise(x_t), t_hat
+            z = checks.same_shape("noise(x)", noise(x_t), "x", x_t)
+            x_t, t = scale * x_t + s_noise * std * z, t_hat
         return step(model, x_t, t, s, noise)
 
     return churned

@@ -191,7 +191,7 @@ def make_langevin_step(r=0.1, n_steps=1):
         for _ in range(n_steps if t > 0 else 0):
             pred = model(x, t)
             epsilon = r * pred.std**2
-            x = x + epsilon * pred.score + (2 * epsilon).sqrt() * noise(x)
+            x = x + epsilon * pred.score + (2 * epsilon).sqrt() * checks.same_shape("noise(x)", noise(x), "x", x)
         return x
 
     return step

@@ -1,0 +1,160 @@
+"""What every forward process is: a pair (scale, std) per time, and a clock."""
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+
+
+def expand(c, x):
+    """Shape a per-example number (0-d or (B,)) to multiply ``x`` (B, *D), in x's dtype and on its device."""
+    c = c.to(device=x.device, dtype=x.dtype)
+    return c.reshape(-1, *[1] * (x.ndim - 1)) if c.ndim else c
+
+
+# Spacings: functions (process, n) -> n + 1 decreasing times from T to 0.
+
+
+def uniform(process, n):
+    """Equal steps in t."""
+    return process.T * torch.linspace(1, 0, n + 1, dtype=torch.float64)
+
+
+def quadratic(process, n):
+    """Equal steps in sqrt(t): short steps near the data."""
+    return process.T * torch.linspace(1, 0, n + 1, dtype=torch.float64) ** 2
+
+
+def uniform_log_snr(t_min):
+    """Equal steps in log SNR from T down to ``t_min``, then one step to 0."""
+
+    def spacing(process, n):
+        ends = process.log_snr(torch.tensor([process.T, t_min], dtype=torch.float64).to(process.time_dtype))
+        log_snr = torch.linspace(ends[0].item(), ends[1].item(), n, dtype=torch.float64)
+        times = torch.cat([process.time_of(log_snr), torch.zeros(1, dtype=torch.float64)])
+        times[0] = process.T  # exactly, whatever the inverse rounded
+        return times
+
+    return spacing
+
+
+class Process(nn.Module, abc.ABC):
+    """A forward process q(x_t | x_0) = N(scale(t) x_0, std(t)^2 I).
+
+    Attributes
+    ----------
+    T : float
+        The last time.
+    discrete : bool
+        Whether times are the integers 0..T.
+    """
+
+    T: float
+    discrete = False
+
+    @abc.abstractmethod
+    def marginal(self, t) -> tuple[Tensor, Tensor]:
+        """(scale, std) of q(x_t | x_0), float64, each shaped like ``t``."""
+
+    def levels(self, t):
+        """`marginal`, as a model reads it: a table may be read at real times between its integers, too."""
+        return self.marginal(t)
+
+    @abc.abstractmethod
+    def time_of(self, log_snr) -> Tensor:
+        """The time at which the log SNR has this value: the inverse of `log_snr`."""
+
+    @property
+    def time_dtype(self):
+        """int64 on tables, float64 otherwise."""
+        return torch.int64 if self.discrete else torch.float64
+
+    def log_snr(self, t):
+        r"""Log signal-to-noise ratio, for data of unit variance; +inf at t = 0.
+
+        .. math:: \lambda_t = \log\frac{\mathrm{scale}(t)^2}{\mathrm{std}(t)^2}
+                  \ \Big(= \log\frac{\bar\alpha_t}{1 - \bar\alpha_t}\Big)
+
+        Equations: fwd.snr
+        """
+        scale, std = self.marginal(t)
+        return 2 * (scale.log() - std.log())
+
+    def sample_t(self, n, generator=None):
+        """n training times, shape (n,): uniform on (0, T]."""
+        return self.T * (1 - torch.rand(n, generator=generator, dtype=torch.float64))
+
+    def grid(self, n_steps, spacing=uniform):
+        """n_steps + 1 decreasing times, the first T, the last 0.
+
+        Parameters
+        ----------
+        n_steps : int
+            At least 1; at most T on a table.
+        spacing : function (process, n) -> Tensor, shape (n + 1,)
+            `uniform`, `quadratic`, `uniform_log_snr(t_min)` or your own.
+
+        Returns
+        -------
+        Tensor, shape (n_steps + 1,)
+            int64 and free of repetitions on a table, else float64.
+        """
+        n = checks.integer("n_steps", n_steps, 1, self.T if self.discrete else None)
+        times = checks.function("spacing", spacing, "uniform")(self, n)
+        if self.discrete:
+            times = _distinct_integers(times, self.T)
+        return check_decreasing(times)
+
+    def clock(self, t):
+        """What the network sees of the time: 1000 t / T, shaped like ``t``."""
+        return t * (1000 / self.T)
+
+    def continuous(self):
+        """This process in continuous time; an SDE is that already."""
+        return self
+
+    def prior(self, shape, noise):
+        """x_T of the given shape (n, *D), drawn by ``noise`` from N(0, std(T)^2 I)."""
+        _, std = self.marginal(torch.tensor(self.T, dtype=self.time_dtype))
+        return std.item() * noise(torch.empty([checks.integer("shape", n, 0) for n in shape]))
+
+    def check_times(self, t, name="t"):
+        """Times of this process, in [0, T]."""
+        return checks.times_in(name, t, 0, self.T, self.discrete)
+
+    def _apply(self, fn, recurse=True):
+        # Tables stay float64 under .to(dtype), .half() and .double(); only the device may change.
+        for name, table in self._buffers.items():
+            self._buffers[name] = table.to(fn(table).device)
+        for child in self.children():
+            child._apply(fn, recurse)
+        return self
+
+
+def _distinct_integers(times, T):
+    """Round decreasing times to distinct integers that still run from T to 0."""
+    k = torch.arange(len(times) - 1, -1, -1)
+    rounded = (times + 0.5).floor().to(torch.int64)
+    up = k + (rounded - k).flip(0).cummax(0).values.flip(0)  # strictly above the next one
+    return torch.minimum(up, T - k.flip(0))
+
+
+def check_decreasing(times):
+    """Times that strictly decrease, at least two of them."""
+    if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
+        checks.fail("times", "be 1-D, at least 2 entries, strictly decreasing", times.tolist()[:8])
+    return times
+
+
+class SDE(Process):
+    """A process in continuous time, dx = f(x, t) dt + g(t) dw."""
+
+    @abc.abstractmethod
+    def drift(self, x, t) -> Tensor:
+        """f(x, t), shaped like ``x``."""
+
+    @abc.abstractmethod
+    def diffusion(self, t) -> Tensor:
+        """g(t), shaped like ``t``."""
