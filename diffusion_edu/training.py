@@ -1,0 +1,208 @@
+"""The training loop: one generator of losses, the same for points on a laptop and images on an accelerator."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checks
+from .losses import TARGETS, denoising_loss
+
+
+def own_times(process, n, generator=None):
+    """The process's own draw of training times: uniform on a table and on the VP processes."""
+    return process.sample_t(n, generator)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes
+    ----------
+    n_steps : int
+        Optimiser steps.
+    batch_size : int
+        Examples a step, drawn with replacement.
+    lr : float
+        Peak learning rate of Adam; it rises over the first 2 % of the steps and falls as a half cosine to 0.
+    seed : int
+        Draws indices, times, noise and dropped labels, on the CPU whatever the device.
+    p_drop : float
+        Probability that an example's condition is withheld, for classifier-free guidance.
+    target : {"eps", "x0", "v", "score"}
+        What the loss compares.
+    weight : function (process, t) -> Tensor, or None
+        Loss weight.
+    sample_t : function (process, n, generator) -> Tensor, shape (n,)
+        Draws the training times.
+    """
+
+    n_steps: int
+    batch_size: int = 256
+    lr: float = 2e-3
+    seed: int = 0
+    p_drop: float = 0.0
+    target: str = "eps"
+    weight: Callable | None = None
+    sample_t: Callable = own_times
+
+    def __post_init__(self):
+        checks.integer("n_steps", self.n_steps, low=0)
+        checks.integer("batch_size", self.batch_size, low=1)
+        checks.real("lr", self.lr, low=0)
+        checks.integer("seed", self.seed, low=0)
+        checks.real("p_drop", self.p_drop, low=0, high=1)
+        checks.one_of("target", self.target, TARGETS)
+        checks.function("sample_t", self.sample_t, "log_normal_times(-1.2, 1.2)")
+
+
+def fit(model, x0, recipe, *, ema=None, **cond):
+    """Train a model on data; a generator that yields the loss of each step.
+
+    Parameters
+    ----------
+    model : Model
+        Trained in place. It is in train mode between the steps and gets its mode back in the end.
+    x0 : Tensor, shape (N, *D)
+        All the data, on the model's device.
+    recipe : Recipe
+    ema : AveragedModel or None
+        Made by `averaged`; updated after every step.
+    **cond : Tensor
+        Conditions with leading N, such as ``y``.
+
+    Yields
+    ------
+    float
+        Mean loss of the batch, before its step.
+
+    Raises
+    ------
+    FloatingPointError
+        If a loss is not finite: names the step and the parameter; the step is not taken.
+
+    Equations: ddpm.train_alg1
+
+    References
+    ----------
+    .. [1] Ho et al., 2020, arXiv:2006.11239, algorithm 1.
+    """
+    check_data(x0, cond)
+    process, device, was_training = model.process, x0.device, model.training
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model.train()
+    try:
+        for step in range(recipe.n_steps):
+            i = torch.randint(len(x0), (recipe.batch_size,), generator=generator).to(device)
+            t = recipe.sample_t(process, recipe.batch_size, generator).to(device)
+            eps = torch.randn(recipe.batch_size, *x0.shape[1:], generator=generator).to(x0)
+            batch = {name: value[i] for name, value in cond.items()}
+            if recipe.p_drop:
+                batch["drop"] = (torch.rand(recipe.batch_size, generator=generator) < recipe.p_drop).to(device)
+            loss = denoising_loss(model, x0[i], t, eps, recipe.target, recipe.weight, **batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"loss is {value} at step {step}; {first_bad(model)}")
+            optimizer.param_groups[0]["lr"] = recipe.lr * learning_rate(step, recipe.n_steps)
+            optimizer.step()
+            if ema is not None:
+                ema.update_parameters(model)
+            yield value
+    finally:
+        model.train(was_training)
+
+
+def check_data(x0, cond):
+    """Data of at least one example, and conditions with a row for each."""
+    if not len(checks.floating("x0", x0)):
+        checks.fail("x0", "hold at least one example", "an empty tensor")
+    for name, value in cond.items():
+        if len(value) != len(x0):
+            checks.fail(name, f"have {len(x0)} rows, like x0", len(value))
+
+
+def learning_rate(step, n_steps):
+    """Share of the peak rate: a linear rise over the first 2 % of the steps, then a half cosine to 0."""
+    rise = max(1, n_steps // 50)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (n_steps - rise))
+
+
+def first_bad(model):
+    """Says which parameter is the first that is not finite; if none, which gradient."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name} is not finite"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name} is not finite"
+    return "all parameters and gradients are finite"
+
+
+def averaged(model, decay=0.999):
+    r"""A copy of the model whose weights are an exponential moving average; its ``.module`` is a model.
+
+    .. math:: \theta_{ema} \leftarrow \rho\,\theta_{ema} + (1 - \rho)\,\theta
+
+    The first update copies the weights, so the average forgets the random start only after some 1 / (1 - decay)
+    steps: keep that well below the number of steps.
+
+    Parameters
+    ----------
+    model : nn.Module
+    decay : float
+        rho, in [0, 1).
+
+    Returns
+    -------
+    AveragedModel
+        For ``fit(..., ema=...)``.
+
+    Equations: ddpm.ema
+
+    References
+    ----------
+    .. [1] Ho et al., 2020, arXiv:2006.11239, appendix B.
+    """
+    checks.real("decay", decay, low=0, high=1)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+
+
+def log_normal_times(mean=-1.2, std=1.2):
+    r"""Training times whose noise-to-signal ratio is log-normal, for any process (rounded on a table).
+
+    .. math:: \log\frac{\mathrm{std}(t)}{\mathrm{scale}(t)} \sim \mathcal N(m, s^2)
+
+    Draws beyond the process's last time are moved to it.
+
+    Parameters
+    ----------
+    mean, std : float
+        m and s; EDM's are -1.2 and 1.2 for images.
+
+    Returns
+    -------
+    function (process, n, generator) -> Tensor, shape (n,), float64
+        For ``Recipe(sample_t=...)``.
+
+    References
+    ----------
+    .. [1] Karras et al., 2022, arXiv:2206.00364, Table 1.
+    """
+    checks.real("mean", mean)
+    checks.real("std", std, low=0)
+
+    def sample_t(process, n, generator=None):
+        log_sigma = mean + std * torch.randn(n, generator=generator, dtype=torch.float64)
+        lowest = process.log_snr(torch.tensor(process.T, dtype=process.time_dtype))
+        t = process.time_of((-2 * log_sigma).maximum(lowest)).clamp(max=process.T)
+        return t.round().clamp(min=1).long() if process.discrete else t
+
+    return sample_t

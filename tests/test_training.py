@@ -1,0 +1,220 @@
+"""The loop: what it draws, what it minimises, what the average is, and how it stops."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_edu.data import swiss_roll
+from diffusion_edu.denoiser import Denoiser
+from diffusion_edu.losses import denoising_loss
+from diffusion_edu.nets.mlp import MLP
+from diffusion_edu.process import VPSDE, DiscreteVP
+from diffusion_edu.schedules import linear_beta
+from diffusion_edu.training import Recipe, averaged, fit, learning_rate, log_normal_times
+
+
+class LinearPerStep(nn.Module):
+    """eps = a_t x + b_t, one pair of numbers for each step of the table."""
+
+    def __init__(self, T):
+        super().__init__()
+        self.T, self.a, self.b = T, nn.Parameter(torch.zeros(T + 1)), nn.Parameter(torch.zeros(T + 1))
+
+    def forward(self, x, clock):
+        t = (clock * self.T / 1000).round().long()
+        return self.a[t, None] * x + self.b[t, None]
+
+
+@pytest.mark.equation("ddpm.train_alg1")
+def test_linear_model_reaches_the_exact_minimiser():
+    """For N(m, v) data the best eps is sqrt(1 - abar) (x - sqrt(abar) m) / (abar v + 1 - abar): linear in x."""
+    process = DiscreteVP(linear_beta(10, 0.1, 0.7))
+    mean, variance = 0.7, 0.25
+    x0 = mean + math.sqrt(variance) * torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0))
+    model = Denoiser(LinearPerStep(10), process)
+    losses = list(fit(model, x0, Recipe(800, batch_size=1024, lr=0.05)))
+    abar = process.alpha_bar[1:]
+    slope = (1 - abar).sqrt() / (abar * variance + 1 - abar)
+    offset = -slope * abar.sqrt() * mean
+    # the last steps average over some 1e5 draws, 1e4 a time: 0.02 is about 4 standard errors
+    torch.testing.assert_close(model.net.a.data[1:].double(), slope, rtol=0, atol=0.02)
+    torch.testing.assert_close(model.net.b.data[1:].double(), offset, rtol=0, atol=0.02)
+    floor = (abar * variance / (abar * variance + 1 - abar)).mean().item()
+    assert abs(sum(losses[-200:]) / 200 - floor) < 0.005
+
+
+@pytest.mark.equation("ddpm.train_code")
+def test_steps_draw_anew_and_the_loss_does_not_depend_on_the_batch_size():
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, clock):
+            seen.append((x.detach().clone(), clock.clone()))
+            return self.one * x
+
+    model = Denoiser(Spy(), DiscreteVP(linear_beta(1000)))
+    x0 = torch.zeros(50, 2)
+    list(fit(model, x0, Recipe(2, batch_size=16, lr=0.0)))
+    assert not torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][0], seen[1][0])
+    losses = {n: list(fit(model, x0, Recipe(4000 // n, batch_size=n, lr=0.0, seed=n))) for n in (4, 100)}
+    for n, values in losses.items():  # E|eps|^2 per dimension is 1; 8000 squares: standard error 0.016
+        assert abs(sum(values) / len(values) - 1) < 4 * 0.016, n
+
+
+def test_a_step_is_adam_on_the_mean_loss_with_the_recipe_s_draws():
+    x0 = swiss_roll(100, seed=0)
+    recipe = Recipe(1, batch_size=8, lr=1e-2, seed=3)
+    torch.manual_seed(0)
+    model, by_hand = (Denoiser(MLP(width=8, depth=1), VPSDE()) for _ in range(2))
+    by_hand.load_state_dict(model.state_dict())
+    (value,) = fit(model, x0, recipe)
+    generator = torch.Generator().manual_seed(3)
+    i = torch.randint(100, (8,), generator=generator)
+    t = by_hand.process.sample_t(8, generator)
+    eps = torch.randn(8, 2, generator=generator)
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2 * learning_rate(0, 1))
+    loss = denoising_loss(by_hand, x0[i], t, eps).mean()
+    loss.backward()
+    optimizer.step()
+    assert value == loss.item()
+    for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_seed_decides_and_the_conditions_follow_their_rows():
+    def losses(seed):
+        torch.manual_seed(0)
+        net = MLP(width=8, depth=1, n_classes=2)
+        y = torch.arange(100) % 2
+        return list(
+            fit(Denoiser(net, VPSDE()), y[:, None].expand(100, 2).float(), Recipe(20, 16, seed=seed, p_drop=0.5), y=y)
+        )
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+def test_dropped_share_is_p_drop_and_labels_match_rows():
+    drops, pairs = [], []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.zero = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, clock, y, drop):
+            drops.append(drop)
+            pairs.append((x.detach(), y))
+            return self.zero * x
+
+    x0 = 100.0 * torch.arange(10.0)[:, None]
+    sample_t = lambda process, n, generator: torch.full((n,), 1e-6, dtype=torch.float64)
+    recipe = Recipe(200, batch_size=50, p_drop=0.2, sample_t=sample_t)
+    list(fit(Denoiser(Spy(), VPSDE()), x0, recipe, y=torch.arange(10)))
+    assert abs(torch.cat(drops).float().mean() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 10_000)
+    for x, y in pairs:
+        assert torch.equal((x[:, 0] / 100).round().long(), y)
+
+
+@pytest.mark.equation("ddpm.ema")
+def test_ema_is_a_geometric_average():
+    model = nn.Linear(2, 1).double()
+    ema = averaged(model, decay=0.9)
+
+    def update(value):
+        nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+
+    update(0.0)  # the first update copies
+    assert torch.equal(ema.module.weight, torch.zeros(1, 2, dtype=torch.float64))
+    for n in range(1, 8):
+        update(1.0)
+        torch.testing.assert_close(
+            ema.module.weight, torch.full((1, 2), 1 - 0.9**n, dtype=torch.float64), rtol=0, atol=1e-14
+        )
+    for _ in range(3):
+        update(ema.module.weight[0, 0].item())
+    torch.testing.assert_close(
+        ema.module.weight, torch.full((1, 2), 1 - 0.9**7, dtype=torch.float64), rtol=0, atol=1e-14
+    )
+
+
+def test_fit_keeps_the_average_and_leaves_it_in_eval_mode():
+    torch.manual_seed(0)
+    model = Denoiser(MLP(width=8, depth=1), VPSDE())
+    ema = averaged(model, decay=0.5)
+    weights = [model.net.first.weight.detach().clone() for _ in fit(model, swiss_roll(50, 0), Recipe(3, 8), ema=ema)]
+    expected = 0.25 * weights[0] + 0.25 * weights[1] + 0.5 * weights[2]
+    torch.testing.assert_close(ema.module.net.first.weight, expected)
+    assert not ema.module.training and ema.module.process.T == 1
+
+
+def test_learning_rate_rises_once_and_falls_to_zero():
+    rates = [learning_rate(step, 500) for step in range(500)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[-1] < 1e-4
+    assert learning_rate(0, 1) == 1
+
+
+@pytest.mark.parametrize("process", [VPSDE(), DiscreteVP(linear_beta(1000))], ids=["sde", "table"])
+def test_log_normal_times(process):
+    t = log_normal_times(-0.5, 0.8)(process, 20_000, torch.Generator().manual_seed(0))
+    log_sigma = -process.log_snr(t) / 2
+    assert t.dtype == process.time_dtype and t.shape == (20_000,)
+    assert abs(log_sigma.mean() + 0.5) < 0.03 and abs(log_sigma.std() - 0.8) < 0.03  # 4 standard errors: 0.023, 0.016
+    far = log_normal_times(50.0, 0.0)(process, 3)
+    assert (far > 0.999999 * process.T).all() and (far <= process.T).all()
+
+
+def test_mode_is_restored_also_after_an_early_stop():
+    model = Denoiser(MLP(width=8, depth=1), VPSDE()).eval()
+    losses = fit(model, swiss_roll(50, 0), Recipe(5, 8))
+    next(losses)
+    assert model.training
+    losses.close()
+    assert not model.training
+
+
+def test_nan_stops_before_the_step_and_is_named():
+    torch.manual_seed(0)
+    model = Denoiser(MLP(width=8, depth=1), VPSDE())
+    losses = fit(model, swiss_roll(50, 0), Recipe(5, 8))
+    next(losses)
+    model.net.layers[0].bias.data[2] = float("nan")
+    kept = model.net.first.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1; parameter net.layers.0.bias is not finite"):
+        next(losses)
+    assert torch.equal(model.net.first.weight, kept)
+    x0 = swiss_roll(50, 0)
+    x0[:] = float("nan")
+    with pytest.raises(FloatingPointError, match="at step 0; the gradient of net"):
+        list(fit(Denoiser(MLP(width=8, depth=1), VPSDE()), x0, Recipe(5, 8)))
+
+
+def test_bad_recipes_and_data_are_named():
+    for options, kind, message in (
+        ({"n_steps": -1}, ValueError, "n_steps must be at least 0"),
+        ({"n_steps": True}, TypeError, "n_steps must be an integer"),
+        ({"n_steps": 1, "batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"n_steps": 1, "lr": math.nan}, ValueError, "lr must be finite"),
+        ({"n_steps": 1, "p_drop": 1.5}, ValueError, r"p_drop must be in \[0, 1\]"),
+        ({"n_steps": 1, "target": "epsilon"}, ValueError, "target must be one of"),
+        ({"n_steps": 1, "sample_t": 3}, TypeError, "sample_t must be a function"),
+    ):
+        with pytest.raises(kind, match=message):
+            Recipe(**options)
+    model = Denoiser(MLP(width=8, depth=1, n_classes=2), VPSDE())
+    with pytest.raises(ValueError, match="y must have 50 rows, like x0; got 49"):
+        next(fit(model, swiss_roll(50, 0), Recipe(1), y=torch.zeros(49, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="x0 must hold at least one example"):
+        next(fit(model, torch.zeros(0, 2), Recipe(1)))
+    with pytest.raises(TypeError, match=r"scale images to \[-1, 1\]"):
+        next(fit(model, torch.zeros(5, 2, dtype=torch.uint8), Recipe(1)))
+    with pytest.raises(ValueError, match="decay must be in"):
+        averaged(model, decay=1.5)
