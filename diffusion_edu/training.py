@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checks
@@ -27,7 +28,9 @@ class Recipe:
     batch_size : int
         Examples a step, drawn with replacement.
     lr : float
-        Peak learning rate of Adam; it rises over the first 2 % of the steps and falls as a half cosine to 0.
+        Peak learning rate of Adam, reached after 2 % of the steps.
+    schedule : {"cosine", "constant"}
+        What the rate does then: fall as a half cosine to 0, or stay.
     seed : int
         Draws indices, times, noise and dropped labels, on the CPU whatever the device.
     p_drop : float
@@ -43,6 +46,7 @@ class Recipe:
     n_steps: int
     batch_size: int = 256
     lr: float = 2e-3
+    schedule: str = "cosine"
     seed: int = 0
     p_drop: float = 0.0
     target: str = "eps"
@@ -53,6 +57,7 @@ class Recipe:
         checks.integer("n_steps", self.n_steps, low=0)
         checks.integer("batch_size", self.batch_size, low=1)
         checks.real("lr", self.lr, low=0)
+        checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         checks.integer("seed", self.seed, low=0)
         checks.real("p_drop", self.p_drop, low=0, high=1)
         checks.one_of("target", self.target, TARGETS)
@@ -60,7 +65,7 @@ class Recipe:
 
 
 def fit(model, x0, recipe, *, ema=None, **cond):
-    """Train a model on data; a generator that yields the loss of each step.
+    """Train a model on data; yields the loss of each step.
 
     Parameters
     ----------
@@ -84,32 +89,64 @@ def fit(model, x0, recipe, *, ema=None, **cond):
     FloatingPointError
         If a loss is not finite: names the step and the parameter; the step is not taken.
 
-    Equations: ddpm.train_alg1
+    Equations: ddpm.train_alg1, ddpm.train_code
 
     References
     ----------
     .. [1] Ho et al., 2020, arXiv:2006.11239, algorithm 1.
     """
     check_data(x0, cond)
-    process, device, was_training = model.process, x0.device, model.training
+    generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size
+
+    def loss():
+        i = torch.randint(len(x0), (n,), generator=generator).to(x0.device)
+        t = recipe.sample_t(model.process, n, generator).to(x0.device)
+        eps = torch.randn(n, *x0.shape[1:], generator=generator).to(x0)
+        batch = {name: value[i] for name, value in cond.items()}
+        if recipe.p_drop:
+            batch["drop"] = (torch.rand(n, generator=generator) < recipe.p_drop).to(x0.device)
+        return denoising_loss(model, x0[i], t, eps, recipe.target, recipe.weight, **batch).mean()
+
+    return descend(model, loss, recipe, ema)
+
+
+def fit_classifier(net, x, y, recipe):
+    """Train a classifier by cross-entropy, on images with a little noise; yields the loss of each step, in nats.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Maps (B, *D) to logits (B, n_classes).
+    x : Tensor, shape (N, *D)
+    y : Tensor, shape (N,), int64
+    recipe : Recipe
+        ``p_drop``, ``target``, ``weight`` and ``sample_t`` play no part.
+    """
+    check_data(x, {"y": y})
+    generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size
+
+    def loss():
+        i = torch.randint(len(x), (n,), generator=generator).to(x.device)
+        noise = torch.randn(n, *x.shape[1:], generator=generator).to(x)
+        return cross_entropy(net(x[i] + 0.2 * noise), y[i])
+
+    return descend(net, loss, recipe)
+
+
+def descend(model, loss, recipe, ema=None):
+    """Adam on a random loss: the loop under `fit`. ``loss()`` draws a batch and returns its mean loss, 0-d."""
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    was_training = model.training
     model.train()
     try:
         for step in range(recipe.n_steps):
-            i = torch.randint(len(x0), (recipe.batch_size,), generator=generator).to(device)
-            t = recipe.sample_t(process, recipe.batch_size, generator).to(device)
-            eps = torch.randn(recipe.batch_size, *x0.shape[1:], generator=generator).to(x0)
-            batch = {name: value[i] for name, value in cond.items()}
-            if recipe.p_drop:
-                batch["drop"] = (torch.rand(recipe.batch_size, generator=generator) < recipe.p_drop).to(device)
-            loss = denoising_loss(model, x0[i], t, eps, recipe.target, recipe.weight, **batch).mean()
+            batch_loss = loss()
             optimizer.zero_grad()
-            loss.backward()
-            value = loss.item()
+            batch_loss.backward()
+            value = batch_loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"loss is {value} at step {step}; {first_bad(model)}")
-            optimizer.param_groups[0]["lr"] = recipe.lr * learning_rate(step, recipe.n_steps)
+            optimizer.param_groups[0]["lr"] = recipe.lr * learning_rate(step, recipe)
             optimizer.step()
             if ema is not None:
                 ema.update_parameters(model)
@@ -127,12 +164,14 @@ def check_data(x0, cond):
             checks.fail(name, f"have {len(x0)} rows, like x0", len(value))
 
 
-def learning_rate(step, n_steps):
-    """Share of the peak rate: a linear rise over the first 2 % of the steps, then a half cosine to 0."""
-    rise = max(1, n_steps // 50)
+def learning_rate(step, recipe):
+    """Share of the peak rate: a linear rise over the first 2 % of the steps, then a half cosine to 0, or constant."""
+    rise = max(1, recipe.n_steps // 50)
     if step < rise:
         return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (n_steps - rise))
+    if recipe.schedule == "constant":
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (recipe.n_steps - rise))
 
 
 def first_bad(model):

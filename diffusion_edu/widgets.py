@@ -53,8 +53,9 @@ class Slider:
         """The step."""
         if self.step is not None or self.whole:
             return 1 if self.step is None else self.step
-        power = math.floor(math.log10((self.high - self.low) / 80))
-        return max(float(f"{m}e{power}") for m in (1, 2, 5) if 80 * m * 10**power <= self.high - self.low)
+        largest = (self.high - self.low) / 79.9  # 80 steps at least, whatever the rounding
+        power = math.floor(math.log10(largest))
+        return max(float(f"{m}e{power}") for m in (1, 2, 5) if float(f"{m}e{power}") <= largest)
 
     def initial(self, name):
         """The first value, after a check of the description."""
@@ -77,7 +78,7 @@ class Slider:
         """The widget that holds the value, and what is shown: a number box (the name) and the bar."""
         kinds = (ipw.BoundedIntText, ipw.IntSlider) if self.whole else (ipw.BoundedFloatText, ipw.FloatSlider)
         limits = {"min": self.low, "max": self.high, "step": self.width}
-        box = kinds[0](value, description=self.label or name, **limits, **_NAMED, layout={"width": "13em"})
+        box = kinds[0](value, description=self.label or name, **limits, **_NAMED, layout={"width": "15em"})
         bar = kinds[1](readout=False, **limits, layout={"width": "22em"}, tooltip=self.label or name)
         ipw.link((box, "value"), (bar, "value"), (self.on_grid, self.on_grid))
         return box, [box, bar]
@@ -122,10 +123,12 @@ class Choice:
         options = [(str(o), o) for o in self.options]
         box = kind(options=options, value=value, description=self.label or name, **_NAMED, layout={"width": "auto"})
         box.style.button_width = "auto"
+        box.add_class("jupyter-widgets")
+        box.add_class("widget-inline-hbox")  # a row of buttons lacks it: its label would stand above
         return box, [box]
 
 
-_NAMED = {"style": {"description_width": "6em"}}
+_NAMED = {"style": {"description_width": "8em"}}
 
 
 class SliderFigure:

@@ -59,14 +59,6 @@ def points(number):
     return {id: float(e.points) for id, e in exercises.exercises_of(number).items()}
 
 
-def check_round_trip(nb, number):
-    student, source = labs.student_version(nb), labs.source_version(nb)
-    assert not any(tag.startswith("solution:") for c in student.cells for tag in c.metadata.get("tags", ()))
-    assert "BEGIN SOLUTION" not in "".join(c.source for c in student.cells)
-    assert labs.grade(student) == dict.fromkeys(points(number), 0.0)
-    assert labs.grade(labs.filled(student, source)) == points(number)
-
-
 def test_the_student_version_runs_to_its_todos_without_an_error(small, tmp_path):
     ran = execute(labs.student_version(small), tmp_path)
     out = "".join(o.get("text", "") for c in ran.cells if c.cell_type == "code" for o in c.outputs)
@@ -74,8 +66,10 @@ def test_the_student_version_runs_to_its_todos_without_an_error(small, tmp_path)
     assert all("x + x" not in c.source and '"b"' not in c.source for c in ran.cells)
 
 
-def test_stored_solutions_earn_full_marks(small):
-    check_round_trip(small, 98)
+def test_stored_solutions_earn_full_marks_and_todos_none(small):
+    student = labs.student_version(small)
+    assert labs.grade(student) == {"98.1": 0.0, "98.2": 0.0}
+    assert labs.grade(labs.filled(student, labs.source_version(small))) == {"98.1": 3.0, "98.2": 1.0}
 
 
 def test_a_wrong_answer_earns_nothing_and_the_others_count(small):
@@ -181,19 +175,36 @@ def check_autograder(course, number):
     source = nbformat.read(next((course / "source").rglob("*.ipynb")), 4)
     scores = autograded(course, number, {"full": labs.filled(student, source), "empty": student})
     assert scores == {"full": sum(points(number).values()), "empty": 0.0}
-    release = nbformat.read(next((course / "release").rglob("*.ipynb")), 4)
-    assert "BEGIN SOLUTION" not in "".join(c.source for c in release.cells)
-    assert labs.grade(release) == dict.fromkeys(points(number), 0.0)
 
 
 @pytest.mark.filterwarnings("ignore")  # of nbgrader's own use of its database
 def test_nbgrader_gives_the_same_marks(written, nbgrader):
     check_autograder(written, "98")
+    release = nbformat.read(next((written / "release").rglob("*.ipynb")), 4)
+    assert "BEGIN SOLUTION" not in "".join(c.source for c in release.cells)
+    assert labs.grade(release) == {"98.1": 0.0, "98.2": 0.0}
 
 
 @pytest.mark.parametrize("path", real())
-def test_every_notebook_makes_a_lab(path):
-    check_round_trip(nbformat.read(path, 4), path.name[:2])
+def test_every_notebook_makes_a_lab(path, tmp_path):
+    """In one run: the student version to its todos, then the stored solutions for full marks."""
+    nb = nbformat.read(path, 4)
+    student = labs.student_version(nb)
+    assert not any(tag.startswith("solution:") for c in student.cells for tag in c.metadata.get("tags", ()))
+    full = labs.filled(student, labs.source_version(nb))
+    for cell in full.cells:
+        cell.id = f"{cell.id[:58]}-full"
+    both = copy.deepcopy(student)
+    both.cells += [c for c in full.cells if "nbgrader" in c.metadata]
+    tests = [c for c in execute(both, tmp_path, "smoke").cells if is_test(c)]
+    marks = [(c.metadata.nbgrader.points, float(c.outputs[-1].data["text/plain"])) for c in tests]
+    todos, done = marks[: len(marks) // 2], marks[len(marks) // 2 :]
+    assert sum(worth for worth, _ in done) == sum(points(path.name[:2]).values()) > 0
+    assert all(mark == 0 for _, mark in todos) and all(mark == worth for worth, mark in done)
+
+
+def is_test(cell):
+    return cell.metadata.get("nbgrader", {}).get("grade", False)
 
 
 @pytest.mark.filterwarnings("ignore")

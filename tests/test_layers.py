@@ -15,7 +15,7 @@ FLOORS = [
     "checks",
     "schedules gaussian data tokenizer",
     "process prediction nets",
-    "denoiser oracles",
+    "denoiser oracles kernel_model",
     "losses samplers guidance metrics",
     "training checkpoint zoo elbo likelihood distill cascade latent unclip editing",
     "viz widgets teach exercises labs notebooks equations demo cli",

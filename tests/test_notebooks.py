@@ -110,11 +110,14 @@ def printed(text):
     return new_output("stream", name="stdout", text=text)
 
 
+WIDGET = {"text/plain": "SliderFigure(t)", "image/png": "iVBORw0KGgo="}
+
+
 def whole():
     """A notebook in order: 36 cells with one graded exercise of each kind."""
     cells = [
         new_markdown_cell("# 97 Title\n\nThe promise.\n\n**Goals** a. **Prerequisites** b. **Minutes** 5."),
-        code("widgets.scrub(draw)", output=new_output("execute_result", data={notebooks.WIDGET: {}})),
+        code("widgets.SliderFigure(draw)", output=new_output("execute_result", data=dict(WIDGET))),
     ]
     cells += [new_markdown_cell("Some words.") for _ in range(14)]
     cells += [code("teach.agree('a', a=1, b=1)", output=printed("ok")) for _ in range(14)]

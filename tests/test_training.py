@@ -12,7 +12,7 @@ from diffusion_edu.losses import denoising_loss
 from diffusion_edu.nets.mlp import MLP
 from diffusion_edu.process import VPSDE, DiscreteVP
 from diffusion_edu.schedules import linear_beta
-from diffusion_edu.training import Recipe, averaged, fit, learning_rate, log_normal_times
+from diffusion_edu.training import Recipe, averaged, fit, fit_classifier, learning_rate, log_normal_times
 
 
 class LinearPerStep(nn.Module):
@@ -78,7 +78,7 @@ def test_a_step_is_adam_on_the_mean_loss_with_the_recipe_s_draws():
     i = torch.randint(100, (8,), generator=generator)
     t = by_hand.process.sample_t(8, generator)
     eps = torch.randn(8, 2, generator=generator)
-    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2 * learning_rate(0, 1))
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2 * learning_rate(0, recipe))
     loss = denoising_loss(by_hand, x0[i], t, eps).mean()
     loss.backward()
     optimizer.step()
@@ -155,11 +155,12 @@ def test_fit_keeps_the_average_and_leaves_it_in_eval_mode():
 
 
 def test_learning_rate_rises_once_and_falls_to_zero():
-    rates = [learning_rate(step, 500) for step in range(500)]
+    rates = [learning_rate(step, Recipe(500)) for step in range(500)]
     assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert 0 < rates[-1] < 1e-4
-    assert learning_rate(0, 1) == 1
+    assert learning_rate(0, Recipe(1)) == 1
+    assert {learning_rate(step, Recipe(500, schedule="constant")) for step in range(10, 500)} == {1.0}
 
 
 @pytest.mark.parametrize("process", [VPSDE(), DiscreteVP(linear_beta(1000))], ids=["sde", "table"])
@@ -211,10 +212,21 @@ def test_bad_recipes_and_data_are_named():
             Recipe(**options)
     model = Denoiser(MLP(width=8, depth=1, n_classes=2), VPSDE())
     with pytest.raises(ValueError, match="y must have 50 rows, like x0; got 49"):
-        next(fit(model, swiss_roll(50, 0), Recipe(1), y=torch.zeros(49, dtype=torch.int64)))
+        fit(model, swiss_roll(50, 0), Recipe(1), y=torch.zeros(49, dtype=torch.int64))
     with pytest.raises(ValueError, match="x0 must hold at least one example"):
-        next(fit(model, torch.zeros(0, 2), Recipe(1)))
+        fit(model, torch.zeros(0, 2), Recipe(1))
     with pytest.raises(TypeError, match=r"scale images to \[-1, 1\]"):
-        next(fit(model, torch.zeros(5, 2, dtype=torch.uint8), Recipe(1)))
+        fit(model, torch.zeros(5, 2, dtype=torch.uint8), Recipe(1))
     with pytest.raises(ValueError, match="decay must be in"):
         averaged(model, decay=1.5)
+
+
+def test_fit_classifier_learns_and_its_loss_starts_at_log_n():
+    torch.manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.nn.functional.one_hot(y, 3).float()
+    net = nn.Linear(3, 3)
+    nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+    losses = list(fit_classifier(net, x, y, Recipe(200, 32, lr=0.1)))
+    assert losses[0] == pytest.approx(math.log(3), abs=1e-6)
+    assert losses[-1] < 0.05 and (net(x).argmax(1) == y).all()
