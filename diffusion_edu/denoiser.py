@@ -71,7 +71,7 @@ class Denoiser(_NetModel):
     def __init__(self, net, process, predicts="eps", learned_variance=False):
         super().__init__(net, process, learned_variance)
         self.predicts = checks.one_of("predicts", predicts, READINGS)
-        if predicts in ("eps", "score") and process.discrete and process.alpha_bar[-1] == 0:
+        if predicts in ("eps", "score") and process.zero_terminal_snr:
             checks.fail("predicts", "be 'v' or 'x0' where alpha_bar[T] = 0: eps says nothing there", predicts)
 
     def forward(self, x_t, t, **cond):
@@ -111,6 +111,8 @@ class EDMDenoiser(_NetModel):
     def __init__(self, net, process, sigma_data=0.5, learned_variance=False):
         super().__init__(net, process, learned_variance)
         self.sigma_data = checks.real("sigma_data", sigma_data, 0, open_low=True)
+        if process.zero_terminal_snr:
+            checks.fail("process", "keep some signal at T: its noise level has a logarithm", "alpha_bar[T] = 0")
 
     def forward(self, x_t, t, **cond):
         """Prediction for x_t (B, C, *D) at times t, 0-d or (B,), in (0, T]."""

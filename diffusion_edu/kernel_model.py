@@ -225,7 +225,7 @@ def bits_over_gaussian(nats, d):
     return (checks.integer("d", d, 1) / 2 * math.log(2 * math.pi * math.e) - nats) / math.log(2)
 
 
-def fit_heads(model, x0, n_steps, *, batch_size=64, lr=5e-3, seed=0):
+def fit_heads(model, x0, n_steps, *, batch_size=64, lr=1e-2, seed=0):
     r"""Train all heads of a `KernelModel` at once; a generator of losses.
 
     .. math:: \min_\theta \sum_{t=2}^T E\, D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)
@@ -241,7 +241,7 @@ def fit_heads(model, x0, n_steps, *, batch_size=64, lr=5e-3, seed=0):
     n_steps, batch_size : int
         Optimiser steps; examples a head and step, drawn with replacement.
     lr : float
-        First learning rate of Adam; it falls as a half cosine to 0.
+        Learning rate of Adam: a half cosine from there to 0, after a linear rise over the first tenth.
     seed : int
 
     Yields
@@ -264,7 +264,7 @@ def fit_heads(model, x0, n_steps, *, batch_size=64, lr=5e-3, seed=0):
         checks.fail("x0", "hold at least one example", "an empty tensor")
     T, n_steps = model.process.T, checks.integer("n_steps", n_steps, 0)
     t = torch.arange(1, T + 1, device=x0.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=checks.real("lr", lr, 0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=checks.real("lr", lr, 0), fused=True)
     generator = torch.Generator().manual_seed(seed)
     for step in range(n_steps):
         i = torch.randint(len(x0), (T, batch_size), generator=generator).to(x0.device)
@@ -274,7 +274,8 @@ def fit_heads(model, x0, n_steps, *, batch_size=64, lr=5e-3, seed=0):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / n_steps)) / 2
+        rise = min(1, 10 * (step + 1) / n_steps)
+        optimizer.param_groups[0]["lr"] = lr * rise * (1 + math.cos(math.pi * step / n_steps)) / 2
         optimizer.step()
         yield loss.item()
 

@@ -87,7 +87,9 @@ class GaussianOracle(Oracle):
         """
         mean, sigma = posterior(self.process, self(x_t, t).x0, x_t, t, s)
         gain, _ = posterior(self.process, torch.ones_like(x_t), torch.zeros_like(x_t), t, s)  # of x0 in the mean
-        return mean, (sigma**2 + gain**2 * self.var_x0(t).to(x_t)).sqrt()
+        a, b = self.levels(x_t, t)
+        var = self.var.to(x_t)
+        return mean, (sigma**2 + gain**2 * var * b**2 / (a**2 * var + b**2)).sqrt()
 
 
 class GaussianMixtureOracle(Oracle):
@@ -112,13 +114,14 @@ class GaussianMixtureOracle(Oracle):
         super().__init__(process)
         self.means = torch.as_tensor(means, dtype=torch.float64)
         self.stds = torch.as_tensor(stds, dtype=torch.float64)
-        weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
+        weights = torch.ones(len(self.means)) if weights is None else weights
+        weights = torch.as_tensor(weights, dtype=torch.float64)
         if self.means.ndim != 2 or self.stds.shape != weights.shape or len(weights) != len(self.means):
             shapes = [tuple(v.shape) for v in (self.means, self.stds, weights)]
             checks.fail("means, stds, weights", "have shapes (K, D), (K,), (K,)", shapes)
         if not (self.stds > 0).all() or not (weights > 0).all():
             checks.fail("stds, weights", "be positive", (self.stds.tolist(), weights.tolist()))
-        self.log_weights = (weights.double() / weights.double().sum()).log()
+        self.log_weights = (weights / weights.sum()).log()
 
     def _components(self, x, t):
         """Log densities with weights (B, K), centred x (B, K, D), their variances (B, K, 1) or (K, 1), and a, b."""

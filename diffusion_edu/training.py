@@ -241,7 +241,8 @@ def log_normal_times(mean=-1.2, std=1.2):
     def sample_t(process, n, generator=None):
         log_sigma = mean + std * torch.randn(n, generator=generator, dtype=torch.float64)
         lowest = process.log_snr(torch.tensor(process.T, dtype=process.time_dtype))
-        t = process.time_of((-2 * log_sigma).maximum(lowest)).clamp(max=process.T)
+        log_snr = (-2 * log_sigma).to(lowest.device).maximum(lowest)  # tables may live on an accelerator
+        t = process.time_of(log_snr).clamp(max=process.T)
         return t.round().clamp(min=1).long() if process.discrete else t
 
     return sample_t

@@ -27,9 +27,14 @@ def times(*values):
     return torch.tensor(values[0] if len(values) == 1 else values)
 
 
+def log_normal(x, mean, var):
+    """log N(x; mean, var) of numbers; anything broadcasts."""
+    return -((x - mean) ** 2) / (2 * var) - torch.log(2 * math.pi * torch.as_tensor(var, dtype=F64)) / 2
+
+
 def normal(x, mean, var):
     """The density N(x; mean, var) of numbers."""
-    return torch.exp(-((x - mean) ** 2) / (2 * var)) / (2 * math.pi * var) ** 0.5
+    return torch.exp(log_normal(x, mean, var))
 
 
 def gauss_hermite(n=40):

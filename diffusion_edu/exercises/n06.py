@@ -57,7 +57,7 @@ EXERCISES = {
         inputs=((1.0, 10, 10), (64.0, 300, 900), (2.5, 50, 1000)),
         mistakes={
             "both means wobble: add the variance of the second one, too": lambda trace, n, m: trace / n,
-            "the two sets are pooled here, as if they were one of n + m; they have a mean each, and the variances add": (
+            "the two sets are pooled here, as if they were one. They have a mean each, and the variances add": (
                 lambda trace, n, m: trace / (n + m)
             ),
             "the means are independent, so the variance of their difference is a sum, not a difference": (
@@ -129,6 +129,6 @@ EXERCISES = {
                 lambda sizes, values: _line(np.asarray(sizes, dtype=float) ** -0.5, values)[1]
             ),
         },
-        tol=1e-8,
+        tol=1e-5,
     ),
 }

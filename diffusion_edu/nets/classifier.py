@@ -31,7 +31,6 @@ class Classifier(nn.Module):
             group_norm(2 * width),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Dropout(0.3),
             nn.Linear(2 * width * (size // 2) ** 2, n_features),
         )
         self.head = nn.Linear(n_features, n_classes)

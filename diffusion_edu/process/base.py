@@ -49,10 +49,13 @@ class Process(nn.Module, abc.ABC):
         The last time.
     discrete : bool
         Whether times are the integers 0..T.
+    zero_terminal_snr : bool
+        Whether scale(T) is exactly 0, so that x_T says nothing of x_0 and eps is no use to predict there.
     """
 
     T: float
     discrete = False
+    zero_terminal_snr = False
 
     @abc.abstractmethod
     def marginal(self, t) -> tuple[Tensor, Tensor]:

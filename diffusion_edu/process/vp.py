@@ -41,6 +41,7 @@ class DiscreteVP(Process):
         super().__init__()
         beta = check_beta(beta).clone()
         self.T = len(beta) - 1
+        self.zero_terminal_snr = bool(beta[-1] == 1)
         log_alpha_bar = torch.log1p(-beta).cumsum(0)  # log1p, expm1: no cancellation where beta is tiny
         self.register_buffer("beta", beta, persistent=False)
         self.register_buffer("alpha", 1 - beta, persistent=False)

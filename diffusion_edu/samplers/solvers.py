@@ -13,6 +13,7 @@ def heun_step(model, x_t, t, s, noise=None):
               \bar x_s = \bar x_t + (\sigma_s - \sigma_t)\,\tfrac12(\hat\epsilon_t + \hat\epsilon_s')
 
     Euler in these variables is DDIM. At s = 0 there is no slope, and Euler is used: N steps take 2N - 1 evaluations.
+    So it is on the way down from pure noise, where a = 0 and sigma is infinite.
 
     Equations: edm.heun
 
@@ -23,7 +24,7 @@ def heun_step(model, x_t, t, s, noise=None):
     pred = model(x_t, t)
     a_s, b_s = (expand(c, x_t) for c in model.process.marginal(s))
     euler = a_s * pred.x0 + b_s * pred.eps
-    if s == 0:
+    if s == 0 or (model.process.zero_terminal_snr and t == model.process.T):
         return euler
     end = model(euler, s)
     step = b_s - a_s * pred.std / pred.scale  # a_s (sigma_s - sigma_t)

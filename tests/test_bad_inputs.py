@@ -1,0 +1,397 @@
+"""Bad inputs, numbered as in the project's list of pitfalls: each is refused before any work is done.
+
+The contract of every refusal: a TypeError for a wrong kind of thing, a ValueError for a wrong value, and the message
+``<argument> must <rule>; got <what was given>``.
+"""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from exact import close, randn, times
+
+from diffusion_edu.denoiser import Denoiser, EDMDenoiser
+from diffusion_edu.guidance import (
+    classifier,
+    classifier_free,
+    dynamic_threshold,
+    static_threshold,
+)
+from diffusion_edu.losses import denoising_loss
+from diffusion_edu.metrics import frechet_distance
+from diffusion_edu.nets.mlp import MLP
+from diffusion_edu.nets.unet import UNet
+from diffusion_edu.oracles import DatasetOracle, GaussianMixtureOracle, GaussianOracle
+from diffusion_edu.process import (
+    VE,
+    VESDE,
+    VPSDE,
+    DiscreteVP,
+    forward_step,
+    jump,
+    posterior,
+    q_sample,
+)
+from diffusion_edu.samplers import (
+    churn,
+    ddim_step,
+    finite,
+    guided_mean,
+    make_ddim_step,
+    make_ddpm_step,
+    make_langevin_step,
+    noises,
+    noises_per_sample,
+    sample,
+)
+from diffusion_edu.samplers import learned as learned_variance
+from diffusion_edu.schedules import (
+    beta_from_alpha_bar,
+    cosine_beta,
+    geometric_sigmas,
+    karras_sigmas,
+    linear_beta,
+    quadratic_beta,
+    respace,
+    sigmoid_beta,
+    swiss_beta,
+)
+
+TABLE = DiscreteVP(linear_beta(1000))
+ORACLE = GaussianOracle(TABLE, 0.4, 0.25)
+TWO = GaussianMixtureOracle(TABLE, [[-1.0, 0.0], [1.0, 0.0]], [0.3, 0.3])
+IMAGES, POINTS = randn(2, 3, 8, 8), randn(2, 2)
+NAN = float("nan")
+
+
+def refuse(number, name, call, argument, got, kind=ValueError):
+    """One case: ``call()`` must raise ``kind`` with ``argument must ...; got ...got...``."""
+    return pytest.param(call, argument, got, kind, id=f"{number}-{name}")
+
+
+def noise_at(t, x0=IMAGES, eps=IMAGES):
+    return lambda: q_sample(TABLE, x0, t, eps)
+
+
+def run(step=ddim_step, model=ORACLE, grid=(5, 3, 0), x=POINTS, noise=None):
+    grid = torch.tensor(grid) if isinstance(grid, tuple) else grid
+    return lambda: list(sample(step, model, x, grid, noise))
+
+
+def channels(n):
+    """A network whose output has n channels."""
+    return lambda x, clock, **cond: x[:, :1].expand(len(x), n, *x.shape[2:])
+
+
+SHAPES = [
+    refuse(1, "t-of-3-for-2", noise_at(times(1, 2, 3)), "t", "(3,)"),
+    refuse(1, "posterior", lambda: posterior(TABLE, IMAGES, IMAGES, times(2, 3, 4), times(1, 2, 3)), "t", "(3,)"),
+    refuse(1, "model", lambda: ORACLE(IMAGES, times(1, 2, 3)), "t", "(3,)"),
+    refuse(1, "network", lambda: Denoiser(channels(3), TABLE)(IMAGES, times(1, 2, 3)), "t", "(3,)"),
+    refuse(1, "loss", lambda: denoising_loss(ORACLE, IMAGES, times(1, 2, 3), IMAGES), "t", "(3,)"),
+    refuse(2, "t-of-B-1", noise_at(torch.tensor([[1], [2]])), "t", "(2, 1)"),
+    refuse(2, "posterior", lambda: posterior(TABLE, POINTS, POINTS, times(2), torch.tensor([[1], [1]])), "s", "(2, 1)"),
+    refuse(3, "t-of-1-for-2", noise_at(torch.tensor([5])), "t", "(1,)"),
+    refuse(3, "forward-step", lambda: forward_step(TABLE, POINTS, torch.tensor([5]), POINTS), "t", "(1,)"),
+    refuse(3, "python-list", noise_at([1, 2]), "t", "list", TypeError),
+    refuse(4, "shared-noise", noise_at(times(5), eps=IMAGES[:1]), "eps", "(1, 3, 8, 8)"),
+    refuse(4, "shared-step-noise", run(make_ddpm_step(), noise=lambda x: x[:1]), "noise(x)", "(1, 2)"),
+    refuse(4, "langevin", run(make_langevin_step(), noise=lambda x: x[:1]), "noise(x)", "(1, 2)"),
+    refuse(
+        4,
+        "churn",
+        run(churn(ddim_step, 0.1), GaussianOracle(VE()), torch.tensor([5.0, 1.0, 0.0]), noise=lambda x: x[:1]),
+        "noise(x)",
+        "(1, 2)",
+    ),
+    refuse(4, "forward-step", lambda: forward_step(TABLE, POINTS, times(5), POINTS[:1]), "eps", "(1, 2)"),
+    refuse(4, "posterior", lambda: posterior(TABLE, POINTS[:1], POINTS, times(5), times(4)), "x0", "(1, 2)"),
+    refuse(5, "one-channel-noise", noise_at(times(5), eps=IMAGES[:, :1]), "eps", "(2, 1, 8, 8)"),
+    refuse(5, "loss", lambda: denoising_loss(ORACLE, IMAGES, times(1, 2), IMAGES[:, :1]), "eps", "(2, 1, 8, 8)"),
+    refuse(6, "6-channels", lambda: Denoiser(channels(6), TABLE)(IMAGES, times(5)), "model output", "(2, 6, 8, 8)"),
+    refuse(6, "edm", lambda: EDMDenoiser(channels(2), TABLE)(IMAGES, times(5)), "model output", "(2, 2, 8, 8)"),
+    refuse(
+        7,
+        "3-for-learned",
+        lambda: Denoiser(channels(3), TABLE, learned_variance=True)(IMAGES, times(5)),
+        "model output",
+        "(2, 3, 8, 8)",
+    ),
+    refuse(7, "no-variance", run(make_ddpm_step(learned_variance), noise=noises(0)), "model", "one that does not"),
+    refuse(8, "9x9", lambda: UNet(3, width=8)(randn(2, 3, 9, 9).float(), torch.ones(2)), "image size", "(9, 9)"),
+    refuse(9, "channels", lambda: UNet(1, width=8)(IMAGES.float(), torch.ones(2)), "x", "(2, 3, 8, 8)"),
+    refuse(9, "points", lambda: MLP(dim=3)(POINTS.float(), torch.ones(2)), "x", "(2, 2)"),
+    refuse(11, "loss", lambda: denoising_loss(ORACLE, IMAGES[:0], times(5), IMAGES[:0]), "x0", "an empty batch"),
+    refuse(11, "data", lambda: DatasetOracle(TABLE, IMAGES[:0]), "data", "0"),
+    refuse(12, "prior", lambda: TABLE.prior((-1, 2), noises(0)), "shape", "-1"),
+    refuse(12, "data", lambda: TWO.sample(-3), "n", "-3"),
+    refuse(14, "B-1", lambda: TWO(POINTS, times(5), y=torch.tensor([[0], [1]])), "y", "(2, 1)"),
+    refuse(14, "one-hot", lambda: TWO(POINTS, times(5), y=torch.eye(2).long()), "y", "(2, 2)"),
+    refuse(14, "length", lambda: TWO(POINTS, times(5), y=torch.tensor([0, 1, 1])), "y", "(3,)"),
+    refuse(14, "floats", lambda: TWO(POINTS, times(5), y=torch.tensor([0.0, 1.0])), "y", "torch.float32", TypeError),
+    refuse(
+        14, "network", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2), y=torch.eye(2).long()), "y", "(2, 2)"
+    ),
+]
+
+KINDS = [
+    refuse(15, "float-t", noise_at(torch.tensor([1.0, 2.0])), "t", "torch.float32", TypeError),
+    refuse(15, "loss", lambda: denoising_loss(ORACLE, POINTS, POINTS[:, 0], POINTS), "t", "torch.float64", TypeError),
+    refuse(15, "loss-int", lambda: denoising_loss(ORACLE, POINTS, 5, POINTS), "t", "int", TypeError),
+    refuse(15, "int-on-sde", lambda: VPSDE().marginal(times(1)), "t", "torch.int64", TypeError),
+    refuse(15, "grid", run(grid=torch.tensor([5.0, 0.0])), "times", "torch.float32", TypeError),
+    refuse(16, "bool-t", noise_at(torch.tensor([True, False])), "t", "torch.bool", TypeError),
+    refuse(16, "complex-t", noise_at(torch.tensor([1j, 2j])), "t", "torch.complex64", TypeError),
+    refuse(16, "uint8-t", noise_at(torch.tensor([1, 2], dtype=torch.uint8)), "t", "torch.uint8", TypeError),
+    refuse(17, "bytes", noise_at(times(5), x0=torch.zeros(2, 3, 8, 8).byte()), "x0", "torch.uint8", TypeError),
+    refuse(17, "numpy", noise_at(times(5), x0=np.zeros((2, 3, 8, 8))), "x0", "ndarray", TypeError),
+    refuse(
+        17, "posterior", lambda: posterior(TABLE, POINTS, POINTS.long(), times(5), times(4)), "x_t", "int64", TypeError
+    ),
+    refuse(17, "forward-step", lambda: forward_step(TABLE, POINTS.long(), times(5), POINTS), "x_s", "int64", TypeError),
+    refuse(17, "oracle", lambda: ORACLE(POINTS.long(), times(5)), "x_t", "torch.int64", TypeError),
+    refuse(17, "x_T", run(x=POINTS.long()), "x_T", "torch.int64", TypeError),
+    refuse(
+        19,
+        "float64-sample",
+        lambda: Denoiser(MLP(), TABLE)(POINTS, times(5)),
+        "x_t",
+        "torch.float64",
+        TypeError,
+    ),
+    refuse(21, "bfloat16-t", noise_at(torch.tensor([999.0, 998.0]).bfloat16()), "t", "torch.bfloat16", TypeError),
+]
+
+PARAMETERS = [
+    *(refuse(33, f.__name__, lambda f=f: f(0), "T", "0") for f in (linear_beta, quadratic_beta, sigmoid_beta)),
+    *(refuse(33, f.__name__, lambda f=f: f(0), "T", "0") for f in (cosine_beta, swiss_beta)),
+    refuse(34, "T=-5", lambda: linear_beta(-5), "T", "-5"),
+    refuse(36, "T=10.5", lambda: linear_beta(10.5), "T", "10.5", TypeError),
+    refuse(36, "T='1000'", lambda: cosine_beta("1000"), "T", "'1000'", TypeError),
+    refuse(36, "T=True", lambda: swiss_beta(True), "T", "True", TypeError),
+    refuse(38, "T=10^12", lambda: linear_beta(10**12), "T", "1000000000000"),
+    refuse(38, "cosine", lambda: cosine_beta(10**12), "T", "1000000000000"),
+    refuse(39, "beta_end=2", lambda: linear_beta(10, beta_end=2.0), "beta_start, beta_end", "2.0"),
+    refuse(39, "a-table", lambda: DiscreteVP(torch.tensor([0, 0.1, 2.0])), "beta", "beta[2] = 2"),
+    refuse(39, "nan", lambda: DiscreteVP(torch.tensor([0, NAN, 0.1])), "beta", "beta[1] = nan"),
+    refuse(39, "one-in-the-middle", lambda: DiscreteVP(torch.tensor([0, 1.0, 0.1])), "beta", "beta[1] = 1"),
+    refuse(39, "no-zero", lambda: DiscreteVP(torch.tensor([0.1, 0.2])), "beta[0]", "0.1"),
+    refuse(39, "matrix", lambda: DiscreteVP(torch.zeros(2, 2)), "beta", "(2, 2)"),
+    refuse(39, "list", lambda: DiscreteVP([0, 0.1]), "beta", "list", TypeError),
+    refuse(39, "max_beta", lambda: cosine_beta(10, max_beta=1.5), "max_beta", "1.5"),
+    refuse(39, "alpha_bar", lambda: beta_from_alpha_bar(torch.tensor([1.0, 0.5, 0.6])), "alpha_bar", "0.6"),
+    refuse(39, "alpha_bar-0", lambda: beta_from_alpha_bar(torch.tensor([0.9, 0.5])), "alpha_bar", "(2,)"),
+    refuse(39, "sde", lambda: VPSDE(beta_min=-0.1), "beta_min", "-0.1"),
+    refuse(40, "beta_start<0", lambda: quadratic_beta(10, beta_start=-0.1), "beta_start, beta_end", "-0.1"),
+    refuse(40, "nan", lambda: sigmoid_beta(10, beta_start=NAN), "beta_start", "nan"),
+    refuse(40, "text", lambda: linear_beta(10, beta_start="1e-4"), "beta_start", "'1e-4'", TypeError),
+    refuse(41, "reversed", lambda: linear_beta(10, 0.02, 1e-4), "beta_start, beta_end", "(0.02, 0.0001)"),
+    refuse(41, "sde", lambda: VPSDE(20.0, 0.1), "beta_max", "0.1"),
+    refuse(45, "predicts", lambda: Denoiser(MLP(), TABLE, predicts="epsilon"), "predicts", "'epsilon'"),
+    refuse(45, "target", lambda: denoising_loss(ORACLE, POINTS, times(1, 2), POINTS, "noise"), "target", "'noise'"),
+    refuse(46, "variance", lambda: make_ddpm_step("fixed_large"), "variance", "'fixed_large'", TypeError),
+    refuse(46, "spacing", lambda: TABLE.grid(10, "quadratic"), "spacing", "'quadratic'", TypeError),
+    refuse(46, "step", run("ddim"), "step", "'ddim'", TypeError),
+    refuse(46, "noise", run(noise=7), "noise", "7", TypeError),
+    refuse(46, "no-noise", run(make_ddpm_step()), "noise", "None"),
+    refuse(46, "guided", lambda: guided_mean(lambda *a: 0, print, 1.0), "step", "function", TypeError),
+    refuse(47, "t=T+1", noise_at(times(1001)), "t", "1001"),
+    refuse(47, "sde", lambda: VPSDE().marginal(torch.tensor(1.5)), "t", "1.5"),
+    refuse(47, "jump", lambda: jump(TABLE, times(1001), times(3)), "t", "1001"),
+    refuse(47, "s", lambda: posterior(TABLE, POINTS, POINTS, times(5), times(-2)), "s", "-2"),
+    refuse(48, "t=-1", noise_at(times(-1)), "t", "-1"),
+    refuse(48, "forward-step-0", lambda: forward_step(TABLE, POINTS, times(0), POINTS), "t", "0"),
+    refuse(48, "loss-0", lambda: denoising_loss(ORACLE, POINTS, times(0, 5), POINTS), "t", "0"),
+    refuse(48, "ve", lambda: VE().marginal(torch.tensor(-0.5)), "t", "-0.5"),
+    refuse(48, "nan", lambda: VESDE().marginal(torch.tensor(NAN)), "t", "nan"),
+    refuse(49, "one-bad", noise_at(times(5, 2000)), "t", "2000 at index 1"),
+    refuse(49, "sde", lambda: VPSDE().marginal(torch.tensor([0.5, 0.1, -0.2, 7.0])), "t", "-0.2 at index 2"),
+    refuse(50, "0-steps", lambda: TABLE.grid(0), "n_steps", "0"),
+    refuse(50, "-3-steps", lambda: VPSDE().grid(-3), "n_steps", "-3"),
+    refuse(50, "2.5-steps", lambda: VPSDE().grid(2.5), "n_steps", "2.5", TypeError),
+    refuse(50, "karras", lambda: karras_sigmas(0), "n", "0"),
+    refuse(50, "geometric", lambda: geometric_sigmas(-3), "n", "-3"),
+    refuse(50, "langevin", lambda: make_langevin_step(n_steps=0), "n_steps", "0"),
+    refuse(51, "T+1-steps", lambda: TABLE.grid(1001), "n_steps", "1001"),
+    *(refuse(53, f"eta={eta}", lambda eta=eta: make_ddim_step(eta), "eta", str(eta)) for eta in (-1, 5, 1.5, NAN)),
+    refuse(54, "unsorted", run(grid=(3, 5, 0)), "times", "[3, 5, 0]"),
+    refuse(54, "repeated", run(grid=(5, 5, 0)), "times", "[5, 5, 0]"),
+    refuse(54, "out-of-range", run(grid=(1001, 0)), "times", "1001"),
+    refuse(54, "single", run(grid=(5,)), "times", "5"),
+    refuse(54, "empty", run(grid=torch.tensor([], dtype=torch.int64)), "times", "[]"),
+    refuse(54, "list", lambda: list(sample(ddim_step, ORACLE, POINTS, [5, 0])), "times", "list", TypeError),
+    refuse(54, "respace", lambda: respace(linear_beta(1000), times(5, 3)), "times", "[5, 3]"),
+    refuse(54, "respace-0", lambda: respace(linear_beta(1000), times(0, 3)), "times", "0 at index 0"),
+    *(
+        refuse(
+            55,
+            f"{predicts}-without-signal",
+            lambda p=predicts: Denoiser(MLP(), DiscreteVP(cosine_beta(10, max_beta=1.0)), predicts=p),
+            "predicts",
+            predicts,
+        )
+        for predicts in ("eps", "score")
+    ),
+    refuse(
+        55,
+        "edm-without-signal",
+        lambda: EDMDenoiser(MLP(), DiscreteVP(cosine_beta(10, max_beta=1.0))),
+        "process",
+        "alpha_bar[T] = 0",
+    ),
+    refuse(56, "limit", lambda: static_threshold(ORACLE, 0.5), "limit", "0.5"),
+    refuse(56, "percentile", lambda: dynamic_threshold(ORACLE, 99.5), "percentile", "99.5"),
+    refuse(56, "percentile-0", lambda: dynamic_threshold(ORACLE, 0.0), "percentile", "0"),
+    refuse(57, "equal", lambda: karras_sigmas(5, 1.0, 1.0), "sigma_max", "1.0"),
+    refuse(57, "reversed", lambda: geometric_sigmas(5, 1.0, 0.1), "sigma_max", "0.1"),
+    refuse(57, "rho", lambda: karras_sigmas(5, rho=0.0), "rho", "0"),
+    refuse(57, "sigma_min", lambda: karras_sigmas(5, sigma_min=0), "sigma_min", "0"),
+    refuse(57, "vesde", lambda: VESDE(0.0, 1.0), "sigma_min", "0"),
+    refuse(57, "ve", lambda: VE(-1.0), "T", "-1"),
+    refuse(57, "gamma", lambda: churn(ddim_step, -0.1), "gamma", "-0.1"),
+    refuse(57, "r", lambda: make_langevin_step(r=0), "r", "0"),
+    refuse(57, "sigma_data", lambda: EDMDenoiser(MLP(), TABLE, sigma_data=0), "sigma_data", "0"),
+    refuse(57, "stds", lambda: GaussianMixtureOracle(TABLE, [[0.0]], [0.0]), "stds, weights", "0.0"),
+    refuse(57, "means", lambda: GaussianMixtureOracle(TABLE, [0.0], [1.0]), "means, stds, weights", "(1,)"),
+    refuse(57, "var", lambda: GaussianOracle(TABLE, 0.0, -1.0), "var", "-1.0"),
+    refuse(58, "s>t", lambda: jump(TABLE, times(5), times(5)), "s", "s = 5, t = 5"),
+    refuse(
+        58, "wrong-way", lambda: make_ddpm_step()(ORACLE, POINTS, times(3), times(5), noises(0)), "s", "s = 5, t = 3"
+    ),
+    refuse(58, "too-many-rows", lambda: noises_per_sample(0, [1, 2])(randn(3, 2)), "x", "3 rows"),
+    refuse(58, "seed", lambda: noises("0"), "seed", "'0'", TypeError),
+    refuse(58, "negative-index", lambda: noises_per_sample(0, [-1]), "indices", "-1"),
+    *(refuse(59, f"cfg-{w}", lambda w=w: classifier_free(TWO, w, y=times(0, 1)), "w", str(w)) for w in (NAN, -1.0)),
+    *(refuse(59, f"cg-{w}", lambda w=w: classifier(TWO, print, w), "w", str(w)) for w in (NAN, -1.0)),
+    refuse(59, "mean", lambda: guided_mean(make_ddpm_step(), print, -1.0), "w", "-1"),
+    refuse(61, "null-label", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2), y=times(0, 3)), "y", "0..3"),
+    refuse(61, "oracle", lambda: TWO(POINTS, times(5), y=times(0, 2)), "y", "0..2"),
+    refuse(62, "negative", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2), y=times(0, -1)), "y", "-1..0"),
+    refuse(63, "missing", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2)), "y", "None"),
+    refuse(63, "unasked", lambda: MLP()(POINTS.float(), torch.ones(2), y=times(0, 1)), "y", "labels"),
+    refuse(63, "nothing-bound", lambda: classifier_free(TWO, 2.0), "conditions", "none"),
+    refuse(70, "nan", lambda: frechet_distance(randn(9, 2), randn(9, 2) / 0), "features_y", "NaN"),
+    refuse(70, "one", lambda: frechet_distance(randn(1, 2), randn(9, 2)), "features_x", "(1, 2)"),
+]
+
+
+@pytest.mark.parametrize("call, argument, got, kind", SHAPES + KINDS + PARAMETERS)
+@pytest.mark.filterwarnings("ignore:alpha_bar")
+def test_refused(call, argument, got, kind):
+    with pytest.raises(kind, match=rf"^{re.escape(argument)} must [^;]+.*; got [^\n]*{re.escape(got)}") as caught:
+        call()
+    assert caught.type is kind  # not a subclass that torch or Python happened to raise
+
+
+def test_11_empty_batches_come_back_empty():
+    for shape in ((0, 2), (0, 3, 8, 8)):
+        x = randn(*shape)
+        assert q_sample(TABLE, x, times(5), x).shape == shape
+        assert q_sample(TABLE, x, torch.empty(0, dtype=torch.int64), x).shape == shape
+        assert posterior(TABLE, x, x, times(5), times(4))[0].shape == shape
+        for step in (ddim_step, make_ddpm_step()):
+            assert run(step, x=x, noise=noises(0))()[-1].shape == shape
+    unet = UNet(3, width=8)
+    assert unet(IMAGES[:0].float(), torch.ones(0)).shape == (0, 3, 8, 8)
+    assert TABLE.prior((0, 2), noises(0)).shape == (0, 2)
+
+
+def test_15_single_times_serve_all_examples():
+    close(q_sample(TABLE, IMAGES, times(7), IMAGES), q_sample(TABLE, IMAGES, times(7, 7), IMAGES), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_20_half_precision_stays_finite_and_keeps_its_dtype(dtype):
+    x, eps = IMAGES.to(dtype), randn(2, 3, 8, 8, seed=1).to(dtype)
+    for t in (1, 2, 1000):
+        x_t = q_sample(TABLE, x, times(t), eps)
+        mean, sigma = posterior(TABLE, x, x_t, times(t), times(t - 1))
+        pred = ORACLE(x_t, times(t))
+        for value in (x_t, mean, sigma, pred.x0, pred.eps, pred.v):
+            assert value.dtype == dtype and value.isfinite().all()
+    net = MLP().to(dtype)
+    assert Denoiser(net, TABLE)(POINTS.to(dtype), times(999)).x0.dtype == dtype
+
+
+def test_22_samplers_stop_at_nan_where_asked():
+    bad = Denoiser(lambda x, clock: x * NAN, TABLE)
+    with pytest.raises(FloatingPointError, match="from t = 5 to 3"):
+        run(finite(ddim_step), bad)()
+    assert len(run(ddim_step, bad)()) == 2  # not asked: no check, no cost
+
+
+def test_26_read_only_arrays_are_read():
+    array = np.ones((2, 3), dtype=np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own remark on read-only memory
+        array.flags.writeable = False
+        x = torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q_sample(TABLE, x, times(5), x)
+        run(make_ddpm_step(), x=x, noise=noises(0))()
+    assert (array == 1).all()
+
+
+def test_33_nothing_changes_when_a_call_is_refused():
+    step, noise = make_ddim_step(0.5), noises(0)
+    state, before = torch.random.get_rng_state(), POINTS.clone()
+    for case in SHAPES + KINDS:
+        if not case.id.startswith(("6-", "7-", "8-", "9-", "14-", "19-")):  # which build networks
+            with pytest.raises((TypeError, ValueError)):
+                case.values[0]()
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.equal(POINTS, before)
+    with pytest.raises(ValueError):
+        run(step, grid=(1001, 0), noise=noise)()
+    assert torch.equal(run(step, noise=noise)()[-1], run(step, noise=noises(0))()[-1])  # nothing was drawn
+
+
+def test_35_one_step_is_enough():
+    for schedule in (linear_beta, cosine_beta):
+        oracle = GaussianOracle(DiscreteVP(schedule(1)), 0.4, 0.25)
+        assert posterior(oracle.process, POINTS, POINTS, times(1), times(0))[1] == 0
+        (x0,) = run(make_ddpm_step(), oracle, oracle.process.grid(1), noise=noises(0))()
+        assert x0.isfinite().all()
+
+
+def test_42_a_chain_that_ends_too_early_warns():
+    with pytest.warns(UserWarning, match=r"alpha_bar\[T\] = 0.6: x_T is not noise"):
+        linear_beta(50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_beta(1000), cosine_beta(10), swiss_beta(40)
+
+
+def test_50_one_step_goes_straight_to_zero():
+    assert karras_sigmas(1).tolist() == [80, 0] and TABLE.grid(1).tolist() == [1000, 0]
+    assert VPSDE().grid(1).tolist() == [1, 0]
+    (x0,) = run(ddim_step, GaussianOracle(VE(), 0.4, 0.25), karras_sigmas(1))()
+    assert x0.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [7, 37, 999, 1000])
+def test_52_any_count_of_steps_starts_at_T_and_ends_at_0(n):
+    grid = TABLE.grid(n)
+    assert len(grid) == n + 1 == len(set(grid.tolist())) and grid[0] == 1000 and grid[-1] == 0
+
+
+def test_53_eta_between_its_ends_stays_real():
+    for eta in (0, 0.5, 1):
+        assert torch.stack(run(make_ddim_step(eta), noise=noises(0))()).isfinite().all()
+
+
+def test_58_a_finished_run_is_finished():
+    walk = sample(ddim_step, ORACLE, POINTS, torch.tensor([5, 0]))
+    next(walk)
+    with pytest.raises(StopIteration):
+        next(walk)
+
+
+def test_70_identical_features_are_at_distance_zero_and_too_few_warn():
+    x = randn(50, 3)
+    assert abs(frechet_distance(x, x)) < 1e-6
+    with pytest.warns(UserWarning, match="too few"):
+        value = frechet_distance(randn(4, 8), randn(9, 8, seed=1))
+    assert isinstance(value, float) and value >= 0  # real, not complex

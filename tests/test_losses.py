@@ -1,0 +1,126 @@
+"""L_simple and its relatives, by quadrature instead of training."""
+
+import pytest
+import torch
+from exact import DATA, F64, close, gauss_hermite, randn, times
+
+from diffusion_edu.denoiser import Denoiser
+from diffusion_edu.losses import denoising_loss
+from diffusion_edu.oracles import GaussianOracle
+from diffusion_edu.process import VPSDE, DiscreteVP
+from diffusion_edu.samplers import noises
+from diffusion_edu.schedules import linear_beta
+
+
+class Line(torch.nn.Module):
+    """eps-hat = slope x + offset, one line for all times."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros((), dtype=F64))
+        self.offset = torch.nn.Parameter(torch.zeros((), dtype=F64))
+
+    def forward(self, x, clock):
+        return self.slope * x + self.offset
+
+
+def quadrature(n=6):
+    """x0 of Gaussian data, noise and weights: expectations of squares are exact."""
+    z, w = gauss_hermite(n)
+    x0, eps = torch.cartesian_prod(DATA[0] + DATA[1] ** 0.5 * z, z).T
+    return x0[:, None], eps[:, None], torch.cartesian_prod(w, w).prod(1)
+
+
+def best_line(process, t):
+    """Slope and offset of E[eps | x_t], and what they leave over: the variance of eps given x_t."""
+    (m, s2), ab = DATA, process.alpha_bar[t].item()
+    v = ab * s2 + 1 - ab
+    slope = (1 - ab) ** 0.5 / v
+    return slope, -slope * ab**0.5 * m, ab * s2 / v
+
+
+def fit(model, t, steps=200):
+    """Minimise the expected loss at one time; returns the loss left."""
+    x0, eps, w = quadrature()
+    t = torch.full((len(x0),), t)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=steps, tolerance_grad=1e-14, tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w @ denoising_loss(model, x0, t, eps)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (w @ denoising_loss(model, x0, t, eps)).item()
+
+
+@pytest.mark.equation("elbo.L_simple", "ddpm.train_alg1")
+@pytest.mark.parametrize("t", [20, 300, 900])
+def test_training_a_line_ends_at_the_mean_of_the_noise_given_x_t(t):
+    process = DiscreteVP(linear_beta(1000))
+    model = Denoiser(Line(), process)
+    slope, offset, floor = best_line(process, t)
+    left = fit(model, t)
+    close(model.net.slope.item(), slope, 1e-6)
+    close(model.net.offset.item(), offset, 1e-6)
+    assert left == pytest.approx(floor, rel=1e-9)  # not 0: eps is not known from x_t alone
+
+
+@pytest.mark.equation("elbo.L_simple")
+def test_the_exact_model_leaves_the_conditional_variance():
+    oracle = GaussianOracle(DiscreteVP(linear_beta(1000)), *DATA)
+    x0, eps, w = quadrature()
+    for t in (1, 100, 500, 1000):
+        loss = w @ denoising_loss(oracle, x0, torch.full((len(x0),), t), eps)
+        assert loss.item() == pytest.approx(best_line(oracle.process, t)[2], rel=1e-9)
+    unit = GaussianOracle(oracle.process, 0.0, 1.0)
+    x0 = (x0 - DATA[0]) / DATA[1] ** 0.5
+    loss = w @ denoising_loss(unit, x0, torch.full((len(x0),), 100), eps)
+    assert loss.item() == pytest.approx(oracle.process.alpha_bar[100].item(), rel=1e-12)  # E002-17: .897
+
+
+@pytest.mark.equation("elbo.L_simple")
+def test_the_loss_is_the_squared_error_at_the_noised_point():
+    process = DiscreteVP(linear_beta(1000))
+    model, x0, eps, t = GaussianOracle(process, *DATA), randn(5, 3, 2), randn(5, 3, 2, seed=1), times(1, 2, 300, 999, 9)
+    ab = process.alpha_bar[t].reshape(5, 1, 1)
+    x_t = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    close(denoising_loss(model, x0, t, eps), ((eps - model(x_t, t).eps) ** 2).mean((1, 2)), 1e-11)
+
+
+@pytest.mark.equation("param.loss_ratio")
+def test_targets_differ_by_weights_and_weights_multiply():
+    process = DiscreteVP(linear_beta(1000))
+    model, x0, eps, t = GaussianOracle(process, *DATA), randn(4, 2), randn(4, 2, seed=1), times(3, 50, 300, 800)
+    loss = {target: denoising_loss(model, x0, t, eps, target) for target in ("eps", "x0", "v", "score")}
+    snr = process.log_snr(t).exp()
+    close(loss["eps"] / (snr * loss["x0"]), torch.ones(4), 1e-11)
+    close(loss["v"] / ((1 + snr) * loss["x0"]), torch.ones(4), 1e-11)
+    close(loss["score"] / (loss["eps"] / (1 - process.alpha_bar[t])), torch.ones(4), 1e-11)
+    weighted = denoising_loss(model, x0, t, eps, weight=lambda process, t: process.log_snr(t).exp())
+    close(weighted, snr * loss["eps"], 1e-13)
+
+
+@pytest.mark.equation("ddpm.train_code")
+def test_steps_draw_afresh_and_examples_do_not_see_each_other():
+    process, generator, noise = DiscreteVP(linear_beta(1000)), torch.Generator().manual_seed(0), noises(0)
+    x0 = randn(64, 2)
+    draws = [(process.sample_t(64, generator), noise(x0)) for _ in range(2)]
+    assert not torch.equal(draws[0][0], draws[1][0])  # E000-12: one key gave the same t and eps in every step
+    assert (draws[0][1] - draws[1][1]).abs().min() > 0
+    assert abs((draws[0][1] * draws[1][1]).mean()) < 4 / 128**0.5  # uncorrelated
+    model = GaussianOracle(process, *DATA)
+    whole = denoising_loss(model, x0, *draws[0])
+    halves = [denoising_loss(model, x0[i : i + 32], draws[0][0][i : i + 32], draws[0][1][i : i + 32]) for i in (0, 32)]
+    close(torch.cat(halves), whole, 1e-13)  # so the mean does not depend on the batch size: E000-14 sums
+
+
+def test_conditions_reach_the_model_and_gradients_reach_the_network():
+    model = Denoiser(Line(), VPSDE())
+    t = torch.tensor([0.3, 0.6], dtype=F64)
+    loss = denoising_loss(model, randn(2, 1), t, randn(2, 1, seed=1), target="v")
+    loss.mean().backward()
+    assert loss.shape == (2,) and model.net.slope.grad.abs() > 0
+    with pytest.raises(TypeError, match="y"):
+        denoising_loss(model, randn(2, 1), t, randn(2, 1), y=torch.tensor([1, 2]))  # Line takes no labels
