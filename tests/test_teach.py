@@ -91,6 +91,8 @@ def test_misprint_shows_wrong_right_and_exact(capsys):
     )
     teach.misprint("E", wrong=[INF, 1.0], right=[2.0, 1e-17], exact=[2.0, 0.0])
     assert capsys.readouterr().out == ("misprint E\n  as printed inf  1\n  right      2  0\n  exact      2  0\n")
+    teach.misprint("E", wrong=math.nan, right=2.0, exact=2.0)
+    assert "as printed nan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def spread(*arrays):
     stack = np.stack(arrays)
     if stack.size == 0:
         return 0.0
-    low, high = np.fmin.reduce(stack), np.fmax.reduce(stack)
+    low, high = stack.min(0), stack.max(0)  # nan stays nan, and is far from everything
     with np.errstate(invalid="ignore"):
         gap = np.where(low == high, 0.0, (high - low) / np.maximum(1.0, np.abs(stack).max(0)))
     return float(np.nan_to_num(gap, nan=np.inf).max())
