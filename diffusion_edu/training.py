@@ -1,6 +1,7 @@
 """The training loop: one generator of losses, the same for points on a laptop and images on an accelerator."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,6 +160,9 @@ def check_data(x0, cond):
     """Data of at least one example, and conditions with a row for each."""
     if not len(checks.floating("x0", x0)):
         checks.fail("x0", "hold at least one example", "an empty tensor")
+    if x0.ndim == 4 and x0.abs().max() > 2:
+        low, high = x0.min().item(), x0.max().item()
+        warnings.warn(f"images must lie in about [-1, 1]; got {low:g} to {high:g}", stacklevel=3)
     for name, value in cond.items():
         if len(value) != len(x0):
             checks.fail(name, f"have {len(x0)} rows, like x0", len(value))

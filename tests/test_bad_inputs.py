@@ -33,12 +33,15 @@ from diffusion_edu.process import (
     jump,
     posterior,
     q_sample,
+    uniform_log_snr,
 )
 from diffusion_edu.samplers import (
     churn,
     ddim_step,
+    euler_maruyama_step,
     finite,
     guided_mean,
+    heun_step,
     make_ddim_step,
     make_ddpm_step,
     make_langevin_step,
@@ -58,6 +61,7 @@ from diffusion_edu.schedules import (
     sigmoid_beta,
     swiss_beta,
 )
+from diffusion_edu.training import Recipe, fit
 
 TABLE = DiscreteVP(linear_beta(1000))
 ORACLE = GaussianOracle(TABLE, 0.4, 0.25)
@@ -333,6 +337,34 @@ def test_26_read_only_arrays_are_read():
         q_sample(TABLE, x, times(5), x)
         run(make_ddpm_step(), x=x, noise=noises(0))()
     assert (array == 1).all()
+
+
+def test_18_images_far_outside_the_range_warn_once_with_their_ends():
+    images = torch.linspace(0, 255, 128).reshape(2, 1, 8, 8)
+    model = Denoiser(UNet(width=8), VPSDE())
+    with pytest.warns(UserWarning, match=r"must lie in about \[-1, 1\]; got 0 to 255") as caught:
+        next(fit(model, images, Recipe(1)), None)
+    assert len(caught) == 1
+
+
+def test_55_what_has_no_meaning_without_signal_at_T_is_refused():
+    table = DiscreteVP(cosine_beta(10, max_beta=1))
+    oracle = GaussianOracle(table, 0.4, 0.25)
+    with pytest.raises(ValueError, match="process must have a finite log SNR at T"):
+        table.grid(5, uniform_log_snr(1))
+    with pytest.raises(ValueError, match="model.process must keep some signal at T"):
+        run(euler_maruyama_step, oracle, table.grid(5), noise=noises(0))()
+
+
+def test_churn_and_guidance_on_the_mean_say_what_they_need():
+    with pytest.raises(TypeError, match="model.process must be continuous for churn; got DiscreteVP"):
+        run(churn(heun_step, 0.1), noise=noises(0))()
+    with pytest.raises(ValueError, match="sigma_min, sigma_max must be in order"):
+        churn(heun_step, 0.1, sigma_min=2, sigma_max=1)
+    with pytest.raises(ValueError, match="step must draw noise"):
+        run(guided_mean(ddim_step, lambda x, s: x.sum(1), 1))()
+    oracle = GaussianOracle(VPSDE(), 0.4, 0.25)
+    assert run(churn(heun_step, 0.4), oracle, oracle.process.grid(8), noise=noises(0))()[-1].isfinite().all()
 
 
 def test_33_nothing_changes_when_a_call_is_refused():

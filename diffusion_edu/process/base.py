@@ -31,6 +31,8 @@ def uniform_log_snr(t_min):
     """Equal steps in log SNR from T down to ``t_min``, then one step to 0."""
 
     def spacing(process, n):
+        if process.zero_terminal_snr:
+            checks.fail("process", "have a finite log SNR at T for this spacing", "alpha_bar[T] = 0")
         ends = process.log_snr(torch.tensor([process.T, t_min], dtype=torch.float64).to(process.time_dtype))
         log_snr = torch.linspace(ends[0].item(), ends[1].item(), n, dtype=torch.float64)
         times = torch.cat([process.time_of(log_snr), torch.zeros(1, dtype=torch.float64)])

@@ -71,10 +71,6 @@ class VE(SDE):
         super().__init__()
         self.T = checks.real("T", T, 0, open_low=True)
 
-    def check_times(self, t, name="t"):
-        """Noise levels, at least 0: churn may pass T for a moment."""
-        return checks.times_in(name, t, 0, math.inf, False)
-
     def marginal(self, t):
         t = self.check_times(t).double()
         return torch.ones_like(t), t
@@ -83,8 +79,8 @@ class VE(SDE):
         return (-log_snr.double() / 2).exp()
 
     def sample_t(self, n, generator=None):
-        """n training levels, shape (n,): log-normal."""
-        return (1.2 * torch.randn(n, generator=generator, dtype=torch.float64) - 1.2).exp()
+        """n training levels, shape (n,): log-normal, at most T."""
+        return (1.2 * torch.randn(n, generator=generator, dtype=torch.float64) - 1.2).exp().clamp(max=self.T)
 
     def clock(self, t):
         """What the network sees of the time: 250 log sigma (EDM's c_noise times 1000)."""

@@ -81,6 +81,8 @@ def guided_mean(step, log_prob, w):
     def kernel(model, x_t, t, s):
         mean, sigma = step.kernel(model, x_t, t, s)
         if sigma is None:
+            if s > 0:
+                checks.fail("step", "draw noise: its variance is what w scales", "a deterministic step")
             return mean, None
         return mean + w * sigma**2 * gradient(log_prob, mean, s), sigma
 
@@ -101,11 +103,16 @@ def churn(step, gamma, s_noise=1.0, sigma_min=0.0, sigma_max=math.inf):
     s_noise : float
         Scale of the fresh noise.
     sigma_min, sigma_max : float
-        Churn only where sigma lies between them.
+        Churn only where sigma lies between them; t-hat is at most T.
 
     Returns
     -------
     Step
+
+    Raises
+    ------
+    TypeError
+        When it meets a table: t-hat lies between its integers. Use ``reschedule(model, table.continuous())``.
 
     Equations: edm.churn
 
@@ -115,12 +122,16 @@ def churn(step, gamma, s_noise=1.0, sigma_min=0.0, sigma_max=math.inf):
     """
     gamma = checks.real("gamma", gamma, 0)
     s_noise = checks.real("s_noise", s_noise, 0)
+    if not 0 <= sigma_min <= sigma_max:
+        checks.fail("sigma_min, sigma_max", "be in order and at least 0", (sigma_min, sigma_max))
 
     def churned(model, x_t, t, s, noise):
         process = model.process
+        if process.discrete:
+            checks.fail("model.process", "be continuous for churn", type(process).__name__, TypeError)
         log_snr = process.log_snr(t)
-        if gamma and sigma_min <= (-log_snr / 2).exp() <= sigma_max:
-            t_hat = process.time_of(log_snr - 2 * math.log1p(gamma))
+        t_hat = process.time_of(log_snr - 2 * math.log1p(gamma)).clamp(max=process.T)
+        if t_hat > t and sigma_min <= (-log_snr / 2).exp() <= sigma_max:
             scale, std = (expand(c, x_t) for c in jump(process, t_hat, t))
             z = checks.same_shape("noise(x)", noise(x_t), "x", x_t)
             x_t, t = scale * x_t + s_noise * std * z, t_hat

@@ -85,6 +85,7 @@ class KernelStep:
         mean, sigma = self.kernel(model, x_t, t, s)
         if sigma is None:
             return mean
+        checks.function("noise", noise, "noises(seed)")
         return mean + sigma * checks.same_shape("noise(x)", noise(mean), "x", mean)
 
 

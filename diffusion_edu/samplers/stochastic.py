@@ -48,9 +48,11 @@ def make_ddpm_step(variance=beta_tilde):
     r"""Ancestral sampling: draw x_s from the posterior at the predicted clean data.
 
     .. math:: x_{t-1} = \tilde\mu_t(x_t, \hat x_0) + \sigma_t z, \qquad
-              \tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}}\,\hat\epsilon\Big)
+              \tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}
+              \Big(x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}}\,\hat\epsilon\Big)
 
-    with z = 0 at the last step, whatever the variance: fresh noise on finished data would only blur them. Strides are exact: the posterior is that of q(x_s | x_t, x_0).
+    with z = 0 at the last step, whatever the variance: fresh noise on finished data would only blur them. Strides
+    are exact: the posterior is that of q(x_s | x_t, x_0).
 
     Parameters
     ----------
@@ -117,6 +119,8 @@ ddim_step = make_ddim_step()
 
 
 def _reverse_sde(model, x_t, t, s):
+    if model.process.zero_terminal_snr and t == model.process.T:
+        checks.fail("model.process", "keep some signal at T: its diffusion is infinite there", "alpha_bar[T] = 0")
     pred = model(x_t, t)
     process = _sde(model.process.continuous())
     t, dt = t.double(), expand((t - s).double(), x_t)
