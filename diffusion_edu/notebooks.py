@@ -63,6 +63,7 @@ def execute(nb, cwd, profile="lecture", timeout=900, allow_errors=False, env=Non
         timeout=timeout,
         allow_errors=allow_errors,
         record_timing=False,
+        shutdown_kernel="immediate",
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(cwd)}},

@@ -27,10 +27,10 @@ def setup():
 
     from diffusion_edu import viz
 
-    profile(smoke=0, lecture=0, full=0)  # an unknown profile is reported here, before any work
+    dpi = profile(smoke=40, lecture=100, full=100)  # smoke shows that figures are drawn, and nobody looks
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    viz.style()
+    viz.style(dpi)
 
 
 def profile(*, smoke, lecture, full):

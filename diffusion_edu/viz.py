@@ -26,11 +26,11 @@ DENSITY = LinearSegmentedColormap.from_list("density", ["#FFFFFF", "#CFE3F1", "#
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [DATA, "#F7F7F7", MODEL])
 
 
-def style():
+def style(dpi=100):
     """Set the course's figure style in matplotlib (``teach.setup`` calls it)."""
-    plt.rc("figure", dpi=100, facecolor="white")
+    plt.rc("figure", dpi=dpi, facecolor="white")
     plt.rc("figure.constrained_layout", use=True)
-    plt.rc("savefig", dpi=100, facecolor="white")
+    plt.rc("savefig", dpi=dpi, facecolor="white")
     plt.rc("font", family="DejaVu Sans", size=10.5)
     plt.rc("axes", titlesize=11.5, titlepad=7, labelsize=10.5, labelcolor="#333333", edgecolor="#9A9A9A")
     plt.rc("axes", grid=True, axisbelow=True, prop_cycle=plt.cycler(color=CYCLE))
