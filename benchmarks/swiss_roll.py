@@ -18,7 +18,7 @@ from diffusion_edu.denoiser import Denoiser
 from diffusion_edu.metrics import sliced_wasserstein
 from diffusion_edu.nets.mlp import MLP
 from diffusion_edu.process import VPSDE, DiscreteVP, uniform_log_snr
-from diffusion_edu.samplers import make_ddpm_step, make_dpmpp_2m_step, noises, sample
+from diffusion_edu.samplers import beta, make_ddpm_step, make_dpmpp_2m_step, noises, sample
 from diffusion_edu.schedules import cosine_beta
 from diffusion_edu.training import Recipe, averaged, fit, log_normal_times
 
@@ -27,8 +27,9 @@ N, SETS = 10_000, 8
 
 def ddpm():
     """(model, recipe, EMA decay, step, times, threads) of notebook 04."""
-    process = DiscreteVP(cosine_beta(150))
-    return Denoiser(MLP(width=64), process), Recipe(2500, 512, lr=3e-3), 0.995, make_ddpm_step(), process.grid(150), 1
+    process = DiscreteVP(cosine_beta(70))
+    model = Denoiser(MLP(width=64, n_waves=4), process)
+    return model, Recipe(3500, 512, lr=3e-3), 0.99, make_ddpm_step(beta), process.grid(70), 1
 
 
 def best():

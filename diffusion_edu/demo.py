@@ -16,7 +16,7 @@ from .process import VPSDE
 from .training import Recipe, averaged, fit, fit_classifier, log_normal_times
 from .zoo import accuracy, draw
 
-N_STEPS, PER_CLASS, W = 1500, 90, 1.5
+N_STEPS, PER_CLASS, W = 1200, 90, 1.25
 RECIPE = {"batch_size": 64, "lr": 3e-3, "p_drop": 0.1, "target": "v", "sample_t": log_normal_times(-0.5, 1.2)}
 
 
@@ -122,7 +122,7 @@ def picture(samples, distances, report):
     ax = right.subplots()
     for name, distance in distances.items():
         color = viz.GUIDED if name == "samples" else viz.DATA
-        ax.hist(distance.numpy(), bins=40, range=(0, 8), density=True, alpha=0.5, color=color, label=name)
+        ax.hist(distance.numpy(), bins=40, range=(0, 5), density=True, alpha=0.5, color=color, label=name)
         ax.axvline(distance.median().item(), color=color, ls="--", lw=1.5)
     ax.set(xlabel="distance to the nearest training image", ylabel="density", title="New digits, not copies")
     ax.legend(title="dashed: medians")

@@ -27,10 +27,10 @@ def setup():
 
     from diffusion_edu import viz
 
-    dpi = profile(smoke=40, lecture=100, full=100)  # smoke shows that figures are drawn, and nobody looks
+    draft = profile(smoke=True, lecture=False, full=False)  # smoke shows that figures are drawn, and nobody looks
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    viz.style(dpi)
+    viz.style(draft)
 
 
 def profile(*, smoke, lecture, full):

@@ -26,10 +26,11 @@ DENSITY = LinearSegmentedColormap.from_list("density", ["#FFFFFF", "#CFE3F1", "#
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [DATA, "#F7F7F7", MODEL])
 
 
-def style(dpi=100):
-    """Set the course's figure style in matplotlib (``teach.setup`` calls it)."""
+def style(draft=False):
+    """Set the course's figure style in matplotlib (``teach.setup`` calls it); a draft is small and quickly drawn."""
+    dpi = 40 if draft else 100
     plt.rc("figure", dpi=dpi, facecolor="white")
-    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("figure.constrained_layout", use=not draft)
     plt.rc("savefig", dpi=dpi, facecolor="white")
     plt.rc("font", family="DejaVu Sans", size=10.5)
     plt.rc("axes", titlesize=11.5, titlepad=7, labelsize=10.5, labelcolor="#333333", edgecolor="#9A9A9A")
@@ -295,7 +296,7 @@ def _text(value):
 
 
 def _figure(fig, width, height):
-    return plt.figure(figsize=(width, height), layout="constrained") if fig is None else fig
+    return plt.figure(figsize=(width, height)) if fig is None else fig
 
 
 def _grid(n, ncol, panel, fig):

@@ -139,7 +139,7 @@ def train(source, out):
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "metrics": evaluate(model, judge),
     }
-    save_weights(out, model, card)
+    card = read_card(save_weights(out, model, card))
     print(f"{out}: {card['metrics']}", file=sys.stderr)
     return card
 
