@@ -120,9 +120,10 @@ def picture(samples, distances, report):
     in_rows = torch.arange(100) % 10 * 10 + torch.arange(100) // 10  # sample i has class i % 10: one row a class
     viz.images(samples[in_rows], ncol=10, title="Samples, one class a row", fig=left)
     ax = right.subplots()
+    furthest = max(distance.max().item() for distance in distances.values())
     for name, distance in distances.items():
         color = viz.GUIDED if name == "samples" else viz.DATA
-        ax.hist(distance.numpy(), bins=40, range=(0, 5), density=True, alpha=0.5, color=color, label=name)
+        ax.hist(distance.numpy(), bins=40, range=(0, furthest), density=True, alpha=0.5, color=color, label=name)
         ax.axvline(distance.median().item(), color=color, ls="--", lw=1.5)
     ax.set(xlabel="distance to the nearest training image", ylabel="density", title="New digits, not copies")
     ax.legend(title="dashed: medians")

@@ -8,6 +8,7 @@ from pathlib import Path
 __all__ = ["execute", "folder", "lint", "paths", "run", "tagged"]
 
 CHECK = re.compile(r"\bteach\.(agree|near|below|above|misprint|exercise)\(")
+GRADED = re.compile(r"teach\.exercise\([^,]*, (\w+)\)")
 INSTALL = re.compile(r"^\s*[!%]\s*(pip|conda|mamba|uv)\b|\b(pip|conda) install\b", re.M)
 ABSOLUTE = re.compile(r"(?<![\w.:/~-])/(home|root|work|tmp|usr|opt|mnt|content|var|Users)/|\bC:\\")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -194,6 +195,9 @@ def _lint_exercises(nb, path):
             cell = nb.cells[i]
             if f'teach.exercise("{id}"' not in cell.source or said not in _stdout(cell):
                 yield f'cell {i + 1}: must call teach.exercise("{id}", ...) and print "{said}"'
+        calls = {"".join(GRADED.findall(nb.cells[i].source)) for i in (stubs[id], solutions[id])}
+        if len(calls) > 1:
+            yield f"exercise {id} must grade the same name in its stub and its solution; got {', '.join(sorted(calls))}"
         cell = nb.cells[solutions[id]]
         if not cell.metadata.get("jupyter", {}).get("source_hidden") or "hide-input" not in _tags(cell):
             yield f"cell {solutions[id] + 1}: a solution is collapsed (jupyter.source_hidden, tag hide-input)"

@@ -176,6 +176,7 @@ BREAK = {
     "at least 2 are due": lambda nb: nb.cells[31].metadata.update(tags=[]),
     "exercise 97.1 needs": lambda nb: nb.cells[32].metadata.update(tags=[]),
     'and print "97.1 correct"': edit(32, outputs=[]),
+    "97.1 must grade the same name": edit(32, source='teach.exercise("97.1", g)'),
     "cell 33: a solution is collapsed": lambda nb: nb.cells[32].metadata.pop("jupyter"),
     "cell 5: has no slideshow": lambda nb: nb.cells[4].metadata.pop("slideshow"),
     "cell 5: names a path": edit(4, source="see /home/me/x"),
