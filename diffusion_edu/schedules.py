@@ -106,7 +106,7 @@ def cosine_beta(T=1000, s=0.008, max_beta=0.999):
 
 
 def swiss_beta(T=40):
-    r"""The schedule of the 40-step Swiss-roll model of 2015.
+    r"""The schedule of the lecture's 40-step Swiss-roll model (in the paper of 2015 the betas were learned).
 
     .. math:: \beta_t = \mathrm{sigmoid}\big(-18 + 28\tfrac{t-1}{T-1}\big)(0.3 - 10^{-5}) + 10^{-5}
 
@@ -118,8 +118,7 @@ def swiss_beta(T=40):
 
     References
     ----------
-    .. [1] Sohl-Dickstein et al., "Deep Unsupervised Learning using Nonequilibrium Thermodynamics", 2015,
-       arXiv:1503.03585; lecture "An introduction to diffusion models".
+    .. [1] M. Vandegar, "Papers in 100 Lines of Code"; lecture "An introduction to diffusion models".
     """
     return _table(torch.sigmoid(_ramp(T, -18.0, 10.0)) * (0.3 - 1e-5) + 1e-5)
 
