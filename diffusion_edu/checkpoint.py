@@ -152,7 +152,7 @@ def _flat(config, prefix=""):
 def _check_names(path, tensors, wanted):
     """The same names with the same shapes."""
     missing = [name for name in wanted if name not in tensors]
-    extra = [name for name in tensors if name not in wanted]
+    extra = sorted(name for name in tensors if name not in wanted)  # a file has no order
     reshaped = [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape]
     for kind, names in (("missing", missing), ("extra", extra), ("of another shape", reshaped)):
         if names:

@@ -106,9 +106,10 @@ def times_in(name, t, low, high, discrete):
         fail(name, "be an integer tensor on a discrete schedule", t.dtype, TypeError)
     if not discrete and not t.dtype.is_floating_point:
         fail(name, "be a floating-point tensor on a continuous process", t.dtype, TypeError)
-    if t.device.type == "cpu":
-        bad = ~((t >= low) & (t <= high))
-        if bad.any():
+    if t.device.type == "cpu" and t.numel():
+        least, most = t.aminmax()
+        if not low <= least.item() <= most.item() <= high:  # also when one of them is nan
+            bad = ~((t >= low) & (t <= high))
             where = f" at index {int(bad.nonzero()[0, 0])}" if t.ndim else ""
             fail(name, f"be in [{low:g}, {high:g}]", f"{t[bad].flatten()[0].item():g}{where}")
     return t
