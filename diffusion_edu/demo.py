@@ -74,7 +74,12 @@ def train_model(seed, n_steps):
     x0, y = digits("train")
     model = Denoiser(UNet(1, n_classes=10), VPSDE(), predicts="v")
     ema = averaged(model, 0.99)
-    bar = tqdm(fit(model, x0, Recipe(n_steps, seed=seed, **RECIPE), ema=ema, y=y), total=n_steps, desc="training")
+    bar = tqdm(
+        fit(model, x0, Recipe(n_steps, seed=seed, **RECIPE), ema=ema, y=y),
+        total=n_steps,
+        desc="training",
+        mininterval=0.5,
+    )
     for step, loss in enumerate(bar):
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
