@@ -36,8 +36,9 @@ def save_weights(folder, module, card):
     folder.mkdir(parents=True, exist_ok=True)
     blob = save({name: tensor.contiguous() for name, tensor in module.state_dict().items()})
     card = card | {"sha256": hashlib.sha256(blob).hexdigest()}
+    text = (json.dumps(card, indent=2, allow_nan=False) + "\n").encode()  # a bad card fails before anything is written
     write_atomically(folder / WEIGHTS, blob)
-    write_atomically(folder / CARD, (json.dumps(card, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(folder / CARD, text)
     return folder
 
 

@@ -93,6 +93,8 @@ def labels(name, value, batch, n_classes):
 
 def batch_of_times(name, t, batch):
     """A time for every example: 0-d (the same for all) or shape (B,)."""
+    if not isinstance(t, Tensor):
+        fail(name, "be a torch.Tensor", type(t).__name__, TypeError)
     if t.ndim and t.shape != (batch,):
         fail(name, f"be 0-d or of shape ({batch},), the batch size", f"shape {tuple(t.shape)}")
     return t

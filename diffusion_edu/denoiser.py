@@ -29,7 +29,7 @@ class _NetModel(nn.Module):
         checks.floating("x_t", x_t)
         checks.batch_of_times("t", t, len(x_t))
         weight = next(self.net.parameters(), x_t) if isinstance(self.net, nn.Module) else x_t
-        if x_t.dtype != weight.dtype and x_t.dtype.itemsize > weight.dtype.itemsize:
+        if x_t.dtype != weight.dtype and not torch.is_autocast_enabled(x_t.device.type):
             checks.fail("x_t", f"have the network's dtype {weight.dtype}", x_t.dtype, TypeError)
         return [expand(c, x_t) for c in self.process.levels(t)]
 

@@ -67,6 +67,9 @@ def classifier_free(model, w, **bound):
     def call(m, x_t, t, **cond):
         cond = bound | cond
         n = len(x_t)
+        for name, value in cond.items():
+            if len(value) != n:
+                checks.fail(name, f"have {n} rows, one for each sample", len(value))
         drop = torch.arange(2 * n, device=x_t.device) >= n  # first half conditional, second half not
         if w == 1:
             return m(x_t, t, **cond)
@@ -118,6 +121,8 @@ def classifier(model, log_prob, w):
     """
     w = checks.real("w", w, 0)
     checks.function("log_prob", log_prob, "lambda x, t: classifier(x, t).log_softmax(1)[:, y]")
+    if model.process.zero_terminal_snr:
+        checks.fail("model.process", "keep some signal at T: eps says nothing there", "alpha_bar[T] = 0")
 
     def call(m, x_t, t, **cond):
         pred = m(x_t, t, **cond)
@@ -214,7 +219,9 @@ def reschedule(model, process):
 
     def call(m, x_t, t, **cond):
         scale, std = (expand(c, x_t) for c in process.levels(t))
-        t_model = m.process.time_of(process.continuous().log_snr(t.double())).clamp(max=m.process.T)
+        lowest = m.process.log_snr(torch.tensor(m.process.T, dtype=m.process.time_dtype))
+        log_snr = process.continuous().log_snr(t.double()).maximum(lowest)
+        t_model = m.process.time_of(log_snr).clamp(max=m.process.T)
         _, std_model = (expand(c, x_t) for c in m.process.levels(t_model))
         pred = m(x_t * (std_model / std), t_model, **cond)
         return Prediction(x_t, scale, std, pred.x0, pred.eps, pred.frac)

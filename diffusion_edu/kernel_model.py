@@ -51,7 +51,7 @@ def posterior_precision(process, x0, x_t, t):
        arXiv:1503.03585, and its published code.
     """
     checks.same_shape("x_t", x_t, "x0", checks.floating("x0", x0))
-    checks.times_in("t", t, 1, process.T, discrete=True)
+    checks.batch_of_times("t", checks.times_in("t", t, 1, process.T, discrete=True), len(x0))
     scale, std = process.marginal(t - 1)
     from_step = std**2 / process.beta[t]
     total = 1 + process.alpha[t] * from_step  # lambda (1 - alpha_bar[t - 1])

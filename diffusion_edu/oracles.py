@@ -54,6 +54,8 @@ class GaussianOracle(Oracle):
 
     def law(self, t):
         """(mean, variance) of q(x_t), each of shape *D, for a 0-d time."""
+        if t.ndim:
+            checks.fail("t", "be 0-d: one law for one time", tuple(t.shape))
         scale, std = self.process.levels(t)
         return scale * self.mean, scale**2 * self.var + std**2
 
@@ -66,6 +68,7 @@ class GaussianOracle(Oracle):
         a, b = self.levels(x_t, t)
         mean, var = self.mean.to(x_t), self.var.to(x_t)
         pull = (x_t - a * mean) / (a**2 * var + b**2)
+        checks.same_shape("x_t", x_t, "the data's law applied to it", pull)
         return Prediction(x_t, a, b, mean + a * var * pull, b * pull)
 
     def log_prob(self, x, t):
@@ -125,6 +128,9 @@ class GaussianMixtureOracle(Oracle):
 
     def _components(self, x, t):
         """Log densities with weights (B, K), centred x (B, K, D), their variances (B, K, 1) or (K, 1), and a, b."""
+        self.levels(x, t)  # checks both
+        if x.shape[1:] != self.means.shape[1:]:
+            checks.fail("x_t", f"have shape (B, {self.means.shape[1]})", tuple(x.shape))
         a, b = (expand(c, x[:, None]) for c in self.process.levels(t))
         centred = x[:, None] - a * self.means.to(x)
         var = a**2 * (self.stds.to(x) ** 2)[:, None] + b**2

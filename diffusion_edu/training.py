@@ -62,6 +62,8 @@ class Recipe:
         checks.integer("seed", self.seed, low=0)
         checks.real("p_drop", self.p_drop, low=0, high=1)
         checks.one_of("target", self.target, TARGETS)
+        if self.weight is not None:
+            checks.function("weight", self.weight, "lambda process, t: process.log_snr(t).exp()")
         checks.function("sample_t", self.sample_t, "log_normal_times(-1.2, 1.2)")
 
 
@@ -137,10 +139,10 @@ def fit_classifier(net, x, y, recipe):
 def descend(model, loss, recipe, ema=None):
     """Adam on a random loss: the loop under `fit`. ``loss()`` draws a batch and returns its mean loss, 0-d."""
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
-    was_training = model.training
-    model.train()
+    modes = [(module, module.training) for module in model.modules()]
     try:
         for step in range(recipe.n_steps):
+            model.train()  # whoever watches may have called eval()
             batch_loss = loss()
             optimizer.zero_grad()
             batch_loss.backward()
@@ -153,7 +155,8 @@ def descend(model, loss, recipe, ema=None):
                 ema.update_parameters(model)
             yield value
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_data(x0, cond):
@@ -214,7 +217,8 @@ def averaged(model, decay=0.999):
     ----------
     .. [1] Ho et al., 2020, arXiv:2006.11239, appendix B.
     """
-    checks.real("decay", decay, low=0, high=1)
+    if checks.real("decay", decay, low=0, high=1) == 1:
+        checks.fail("decay", "be in [0, 1)", decay)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
 
 

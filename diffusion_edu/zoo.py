@@ -19,7 +19,7 @@ from torch import nn
 
 from . import checks, data
 from .checkpoint import load_weights, read_card, save_weights
-from .denoiser import Denoiser
+from .denoiser import READINGS, Denoiser
 from .guidance import classifier_free
 from .metrics import frechet_distance
 from .nets.classifier import Classifier
@@ -63,6 +63,7 @@ class Config:
 
     def __post_init__(self):
         checks.real("ema", self.ema, low=0, high=1)
+        checks.one_of("predicts", self.predicts, tuple(READINGS))
         self.make_recipe()
 
     def make_recipe(self):
@@ -90,6 +91,9 @@ def _call(where, function, table):
     """``function(**table)``; an unknown key is refused with a suggestion."""
     for key in table:
         checks.one_of(f"key in {where}", key, tuple(inspect.signature(function).parameters))
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and name not in table:
+            checks.fail(where, f"have the key {name!r}", f"only {', '.join(table) or 'nothing'}")
     return function(**table)
 
 

@@ -42,6 +42,7 @@ from diffusion_edu.samplers import (
     finite,
     guided_mean,
     heun_step,
+    keep_known,
     make_ddim_step,
     make_ddpm_step,
     make_langevin_step,
@@ -61,7 +62,7 @@ from diffusion_edu.schedules import (
     sigmoid_beta,
     swiss_beta,
 )
-from diffusion_edu.training import Recipe, fit
+from diffusion_edu.training import Recipe, averaged, fit
 
 TABLE = DiscreteVP(linear_beta(1000))
 ORACLE = GaussianOracle(TABLE, 0.4, 0.25)
@@ -427,3 +428,24 @@ def test_70_identical_features_are_at_distance_zero_and_too_few_warn():
     with pytest.warns(UserWarning, match="too few"):
         value = frechet_distance(randn(4, 8), randn(9, 8, seed=1))
     assert isinstance(value, float) and value >= 0  # real, not complex
+
+
+def test_conditions_masks_levels_and_averages_say_what_they_need():
+    guided = classifier_free(TWO, 2, y=torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="y must have 2 rows, one for each sample; got 3"):
+        guided(POINTS, times(5))
+    with pytest.raises(ValueError, match="t_min must be .*; got 0.5"):
+        TABLE.grid(5, uniform_log_snr(0.5))
+    for mask, says in ((torch.tensor([1.0]), "have 2 dimensions"), (torch.tensor([[0.3, 1.0]]), "be True or False")):
+        with pytest.raises(ValueError, match=f"mask must {says}"):
+            keep_known(ddim_step, POINTS[:1], mask)
+    with pytest.raises(ValueError, match="decay must be in .0, 1.; got 1"):
+        averaged(UNet(width=8), 1.0)
+    with pytest.raises(ValueError, match="attention must be in .0, 1.; got 2"):
+        UNet(attention=(2,))
+    with pytest.raises(TypeError, match="t must be a torch.Tensor; got float"):
+        Denoiser(UNet(width=8), VPSDE())(torch.zeros(2, 1, 8, 8), 0.5)
+    with pytest.raises(ValueError, match="x_t must have shape .*; got .2, 1."):
+        TWO(POINTS[:, :1], times(5))
+    with pytest.raises(TypeError, match="weight must be a function"):
+        Recipe(1, weight="snr")

@@ -130,3 +130,12 @@ def test_nan_weights_are_named_and_nan_cards_refused(tmp_path):
 
 def test_the_card_is_readable_json(folder):
     assert read_card(folder) == json.loads((folder / "card.json").read_text())
+
+
+def test_a_bad_card_leaves_the_stored_model_as_it_was(tmp_path):
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    save_weights(tmp_path, first, {"config": {}})
+    with pytest.raises(ValueError):
+        save_weights(tmp_path, second, {"metrics": float("nan")})
+    load_weights(tmp_path, second)
+    assert torch.equal(first.weight, second.weight)

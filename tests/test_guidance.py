@@ -298,3 +298,16 @@ def test_a_plain_function_with_a_process_is_a_model():
     expected = last(sample(ddim_step, oracle, x_T, grid))
     close(last(sample(ddim_step, static_threshold(model, 100.0), x_T, grid)), expected, 1e-12)
     close(last(sample(ddim_step, model, x_T, grid)), expected, 0)
+
+
+def test_levels_noisier_than_the_model_knows_are_read_at_its_end():
+    table = DiscreteVP(cosine_beta(10, max_beta=1.0))
+    for process in (VPSDE(), SubVPSDE(), VE()):
+        trained = GaussianOracle(process, 0.4, 0.25)
+        pred = reschedule(trained, table)(randn(3, 2), torch.tensor(10))
+        at_end = trained(
+            randn(3, 2) * process.marginal(torch.tensor(process.T).double())[1], torch.tensor(process.T).double()
+        )
+        assert torch.allclose(pred.x0, at_end.x0, atol=1e-12)
+    with pytest.raises(ValueError, match="model.process must keep some signal at T"):
+        classifier(GaussianOracle(table), lambda x, t: x.sum(1), 1.0)

@@ -502,3 +502,25 @@ def test_posterior_of_gaussian_data_by_regression():
     of_x_t, _ = posterior(process, one(0.0), one(1.0), t, s)
     close(torch.stack([of_x_t[0, 0], of_x0[0, 0]]), weights, 1e-12)
     close(sigma**2, c_ss - weights @ torch.stack([c_st, a_s * var]), 1e-12)
+
+
+# Ends of the range
+
+
+def test_times_and_log_snr_invert_each_other_down_to_the_smallest_times():
+    t = torch.logspace(-12, 0, 40, dtype=torch.float64)
+    for process in (VPSDE(), SubVPSDE(), VESDE(), VE()):
+        assert ((process.time_of(process.log_snr(t)) - t) / t).abs().max() < 1e-9  # of the logarithm: 1e-15 * 60
+    assert VPSDE().grid(5, uniform_log_snr(1e-10))[-2] == pytest.approx(1e-10, rel=1e-9)
+
+
+def test_a_table_without_signal_at_T_stays_one_when_it_is_joined_up():
+    joined = DiscreteVP(cosine_beta(10, max_beta=1.0)).continuous()
+    assert joined.zero_terminal_snr and not ddpm().continuous().zero_terminal_snr
+    scale, std = DiscreteVP(torch.tensor([0.0, 1.0])).continuous().marginal(torch.tensor([0.0, 1.0]).double())
+    assert scale.tolist() == [1, 0] and std.tolist() == [0, 1]
+
+
+def test_terminal_kl_does_not_cancel_in_float32():
+    process, x0 = DiscreteVP(cosine_beta(1000)), randn(4, 2)
+    assert torch.allclose(terminal_kl(process, x0.float()).double(), terminal_kl(process, x0), rtol=1e-5, atol=0)

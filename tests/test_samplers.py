@@ -387,6 +387,13 @@ def test_churn_moves_up_the_marginals_and_zero_churn_is_the_step():
         assert torch.equal(outside(model, x, t, s, noise), heun_step(model, x, t, s))
 
 
+def test_churn_by_zero_changes_nothing_at_any_time():
+    for process in (VPSDE(), VESDE(), VE()):
+        model, times, x = mixture(process), process.grid(100), randn(3, 2)
+        churned = last(sample(churn(heun_step, 0.0), model, x, times))  # and asks for no noise
+        assert torch.equal(churned, last(sample(heun_step, model, x, times)))
+
+
 @pytest.mark.equation("edm.churn")
 def test_s_noise_scales_the_fresh_noise():
     oracle, t = mixture(VE()), torch.tensor(0.5, dtype=F64)
@@ -451,7 +458,9 @@ def test_zero_terminal_snr_samples_from_pure_noise():
     for step in (make_ddpm_step(beta), make_ddpm_step(), ddim_step, make_ddim_step(1), make_dpmpp_2m_step(), heun_step):
         path = list(sample(step, oracle, randn(500, 2), process.grid(50), noises(0)))
         assert all(x.isfinite().all() for x in path)
-        assert (path[-1].mean(0) - torch.tensor([-0.2, 0.1])).abs().max() < 4 * 1.1 / 500**0.5  # four standard errors
+        x0, data = path[-1], oracle.sample(100_000, torch.Generator().manual_seed(1))[0]
+        assert (x0.mean(0) - torch.tensor([-0.2, 0.1])).abs().max() < 4 * 1.1 / 500**0.5  # four standard errors
+        assert (x0.var(0) / data.var(0) - 1).abs().max() < 4 * (2 / 500) ** 0.5  # bounded by a Gaussian's
 
 
 def test_a_chain_of_one_step_and_a_long_cosine_stay_finite():

@@ -10,6 +10,7 @@ from diffusion_edu.data import swiss_roll
 from diffusion_edu.denoiser import Denoiser
 from diffusion_edu.losses import denoising_loss
 from diffusion_edu.nets.mlp import MLP
+from diffusion_edu.nets.unet import UNet
 from diffusion_edu.process import VPSDE, DiscreteVP
 from diffusion_edu.schedules import linear_beta
 from diffusion_edu.training import Recipe, averaged, fit, fit_classifier, learning_rate, log_normal_times
@@ -230,3 +231,13 @@ def test_fit_classifier_learns_and_its_loss_starts_at_log_n():
     losses = list(fit_classifier(net, x, y, Recipe(200, 32, lr=0.1)))
     assert losses[0] == pytest.approx(math.log(3), abs=1e-6)
     assert losses[-1] < 0.05 and (net(x).argmax(1) == y).all()
+
+
+def test_every_step_trains_and_every_part_gets_its_own_mode_back():
+    net = UNet(width=8)
+    net.condition.eval()
+    model, seen = Denoiser(net, VPSDE()), []
+    net.first.register_forward_hook(lambda part, _in, _out: seen.append(part.training))
+    for _ in fit(model, torch.zeros(4, 1, 8, 8), Recipe(4, 2)):
+        model.eval()  # to look at a sample
+    assert seen == [True] * 4 and net.first.training and not net.condition.training

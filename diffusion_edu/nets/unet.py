@@ -67,6 +67,8 @@ class UNet(nn.Module):
         for part in without:
             checks.one_of("without", part, PARTS)
         self.in_channels = checks.integer("in_channels", in_channels, low=1)
+        for level in attention:
+            checks.integer("attention", level, 0, len(multipliers) - 1)
         self.factor = 2 ** (len(multipliers) - 1)
         channels = [width * multiplier for multiplier in multipliers]
         cond_dim = 4 * width

@@ -31,6 +31,7 @@ def uniform_log_snr(t_min):
     """Equal steps in log SNR from T down to ``t_min``, then one step to 0."""
 
     def spacing(process, n):
+        checks.real("t_min", t_min, 1 if process.discrete else 0, process.T, open_low=not process.discrete)
         if process.zero_terminal_snr:
             checks.fail("process", "have a finite log SNR at T for this spacing", "alpha_bar[T] = 0")
         ends = process.log_snr(torch.tensor([process.T, t_min], dtype=torch.float64).to(process.time_dtype))
@@ -149,7 +150,7 @@ def _distinct_integers(times, T):
 def check_decreasing(times):
     """Times that strictly decrease, at least two of them."""
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
-        checks.fail("times", "be 1-D, at least 2 entries, strictly decreasing", times.tolist()[:8])
+        checks.fail("times", "be 1-D, at least 2 entries, strictly decreasing", times.flatten()[:8].tolist())
     return times
 
 

@@ -163,4 +163,4 @@ def terminal_kl(process, x0):
     """
     scale, std = process.marginal(torch.tensor(process.T, dtype=process.time_dtype))
     squared = checks.floating("x0", x0).flatten(1) ** 2
-    return ((scale**2 * squared + std**2 - 1) / 2 - std.log()).sum(1)
+    return ((scale**2 * squared + (std**2 - 1)) / 2 - std.log()).sum(1)  # brackets: 1 cancels in float64

@@ -1,7 +1,7 @@
 """Variance-preserving processes: DDPM's tables, the same joined up in continuous time, and the VP SDEs."""
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from .. import checks
 from ..schedules import check_beta
@@ -88,7 +88,7 @@ class _VP(SDE):
         return -torch.expm1(self.integral(t)).log()
 
     def time_of(self, log_snr):
-        return self.time_of_integral(softplus(log_snr.double()) - log_snr.double())  # -log sigmoid
+        return self.time_of_integral(-logsigmoid(log_snr.double()))
 
     def drift(self, x, t):
         return -expand(self.rate(t), x) / 2 * x
@@ -103,6 +103,7 @@ class TableVP(_VP):
     def __init__(self, log_alpha_bar):
         super().__init__()
         self.T = len(log_alpha_bar) - 1
+        self.zero_terminal_snr = bool(log_alpha_bar[-1].isneginf())
         self.register_buffer("_integral", -log_alpha_bar, persistent=False)
 
     def _cell(self, t):
@@ -117,7 +118,7 @@ class TableVP(_VP):
         k = self._cell(t)
         below = self._integral[k - 1]
         part = (t - (k - 1)) * (self._integral[k] - below)
-        return torch.where(t == k, self._integral[k], below + part)
+        return torch.where(t == k, self._integral[k], torch.where(t == k - 1, below, below + part))
 
     def time_of_integral(self, integral):
         k = torch.searchsorted(self._integral, integral).clamp(1, self.T)

@@ -32,20 +32,24 @@ def keep_known(step, x0, mask):
     ----------
     step : Step
     x0, mask : Tensor, shape (B, *D)
-        Known data, and 1 (or True) where they are known; both broadcast against the samples.
+        Known data, and True (or 1) where they are known, False (or 0) elsewhere; B may be 1, for all samples.
 
     Returns
     -------
     Step
     """
     checks.floating("x0", x0)
+    if mask.ndim != x0.ndim:
+        checks.fail("mask", f"have {x0.ndim} dimensions, like x0", tuple(mask.shape))
+    if not ((mask == 0) | (mask == 1)).all():
+        checks.fail("mask", "be True or False (1 or 0) everywhere", "other values")
 
     def kept(model, x_t, t, s, noise):
         x_s = step(model, x_t, t, s, noise)
         known = x0.to(x_s).expand_as(x_s)
         if s > 0:
             known = q_sample(model.process, known, s, noise(x_s))
-        return torch.where(mask.to(torch.bool), known, x_s)
+        return torch.where(mask.to(x_s.device, torch.bool).expand_as(x_s), known, x_s)
 
     return kept
 
@@ -131,7 +135,7 @@ def churn(step, gamma, s_noise=1.0, sigma_min=0.0, sigma_max=math.inf):
             checks.fail("model.process", "be continuous for churn", type(process).__name__, TypeError)
         log_snr = process.log_snr(t)
         t_hat = process.time_of(log_snr - 2 * math.log1p(gamma)).clamp(max=process.T)
-        if t_hat > t and sigma_min <= (-log_snr / 2).exp() <= sigma_max:
+        if gamma > 0 and t_hat > t and sigma_min <= (-log_snr / 2).exp() <= sigma_max:
             scale, std = (expand(c, x_t) for c in jump(process, t_hat, t))
             z = checks.same_shape("noise(x)", noise(x_t), "x", x_t)
             x_t, t = scale * x_t + s_noise * std * z, t_hat
