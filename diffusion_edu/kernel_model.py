@@ -225,61 +225,6 @@ def bits_over_gaussian(nats, d):
     return (checks.integer("d", d, 1) / 2 * math.log(2 * math.pi * math.e) - nats) / math.log(2)
 
 
-def fit_heads(model, x0, n_steps, *, batch_size=64, lr=1e-2, seed=0):
-    r"""Train all heads of a `KernelModel` at once; a generator of losses.
-
-    .. math:: \min_\theta \sum_{t=2}^T E\, D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)
-
-    The same minimum as for one t drawn from 2..T a batch, without that draw's noise in the gradient.
-
-    Parameters
-    ----------
-    model : KernelModel
-        Trained in place.
-    x0 : Tensor, shape (N, D)
-        All the data.
-    n_steps, batch_size : int
-        Optimiser steps; examples a head and step, drawn with replacement.
-    lr : float
-        Learning rate of Adam: a half cosine from there to 0, after a linear rise over the first tenth.
-    seed : int
-
-    Yields
-    ------
-    float
-        The loss before the step, in nats, summed over t = 2..T.
-
-    Raises
-    ------
-    FloatingPointError
-        If a loss is not finite; the step is not taken.
-
-    Equations: swiss.train
-
-    References
-    ----------
-    .. [1] Sohl-Dickstein et al., 2015, arXiv:1503.03585, Eq. 13-14.
-    """
-    if not len(checks.floating("x0", x0)):
-        checks.fail("x0", "hold at least one example", "an empty tensor")
-    T, n_steps = model.process.T, checks.integer("n_steps", n_steps, 0)
-    t = torch.arange(1, T + 1, device=x0.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=checks.real("lr", lr, 0), fused=True)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(n_steps):
-        i = torch.randint(len(x0), (T, batch_size), generator=generator).to(x0.device)
-        eps = torch.randn(T, batch_size, x0.shape[1], generator=generator).to(x0)
-        loss = kernel_loss(model, x0[i], t, eps)[1:].mean(1).sum()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        rise = min(1, 10 * (step + 1) / n_steps)
-        optimizer.param_groups[0]["lr"] = lr * rise * (1 + math.cos(math.pi * step / n_steps)) / 2
-        optimizer.step()
-        yield loss.item()
-
-
 def _are_all(t, T):
     """Whether t is 1, 2, ..., T; only the shape is read on an accelerator."""
     return t.shape == (T,) and (t.device.type != "cpu" or torch.equal(t, torch.arange(1, T + 1)))

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checks
+from .kernel_model import kernel_loss
 from .losses import TARGETS, denoising_loss
 
 
@@ -134,6 +135,41 @@ def fit_classifier(net, x, y, recipe):
         return cross_entropy(net(x[i] + 0.2 * noise), y[i])
 
     return descend(net, loss, recipe)
+
+
+def fit_heads(model, x0, recipe):
+    r"""Train all heads of a `KernelModel` at once; yields the loss of each step, in nats, summed over t = 2..T.
+
+    .. math:: \min_\theta \sum_{t=2}^T E\, D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)
+
+    The same minimum as for one t drawn from 2..T a batch, without that draw's noise in the gradient.
+
+    Parameters
+    ----------
+    model : KernelModel
+        Trained in place.
+    x0 : Tensor, shape (N, D)
+        All the data.
+    recipe : Recipe
+        ``batch_size`` examples for each head; ``p_drop``, ``target``, ``weight`` and ``sample_t`` play no part.
+
+    Equations: swiss.train
+
+    References
+    ----------
+    .. [1] Sohl-Dickstein et al., 2015, arXiv:1503.03585, Eq. 13-14.
+    """
+    check_data(x0, {})
+    generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size
+    T = model.process.T
+    t = torch.arange(1, T + 1, device=x0.device)
+
+    def loss():
+        i = torch.randint(len(x0), (T, n), generator=generator).to(x0.device)
+        eps = torch.randn(T, n, x0.shape[1], generator=generator).to(x0)
+        return kernel_loss(model, x0[i], t, eps)[1:].mean(1).sum()
+
+    return descend(model, loss, recipe)
 
 
 def descend(model, loss, recipe, ema=None):

@@ -16,7 +16,6 @@ from diffusion_edu.data import swiss_roll
 from diffusion_edu.kernel_model import (
     KernelModel,
     bits_over_gaussian,
-    fit_heads,
     forward_process,
     kernel_bound,
     kernel_loss,
@@ -28,6 +27,7 @@ from diffusion_edu.oracles import GaussianOracle
 from diffusion_edu.process import DiscreteVP, posterior, q_sample
 from diffusion_edu.samplers import kernel_step, noises, sample
 from diffusion_edu.schedules import swiss_beta
+from diffusion_edu.training import Recipe, fit_heads
 
 PROCESS = DiscreteVP(swiss_beta(40))
 TIMES = torch.arange(1, 41)
@@ -215,7 +215,7 @@ def test_training_beats_the_gaussian_model():
     x0 = swiss_roll(4000, seed=0)
     torch.manual_seed(0)
     model = KernelModel(PerStepHeads(40, 32), PROCESS)
-    losses = list(fit_heads(model, x0, 200, batch_size=32, lr=1e-2))
+    losses = list(fit_heads(model, x0, Recipe(200, 32, lr=1e-2)))
     assert len(losses) == 200 and sum(losses[-20:]) < sum(losses[:20])
     fresh, eps = swiss_roll(2000, seed=1), randn(40, 2000, 2, dtype=torch.float32)
     gaussian = GaussianOracle(PROCESS, x0.mean(0), x0.var(0))
@@ -227,13 +227,13 @@ def test_training_beats_the_gaussian_model():
 
 
 def test_training_repeats_and_stops_at_a_loss_that_is_not_finite():
-    first, second = (list(fit_heads(heads(), randn(9, 2), 3, batch_size=4, seed=5)) for _ in range(2))
+    first, second = (list(fit_heads(heads(), randn(9, 2), Recipe(3, 4, seed=5))) for _ in range(2))
     assert first == second
-    assert first != list(fit_heads(heads(), randn(9, 2), 3, batch_size=4, seed=6))
+    assert first != list(fit_heads(heads(), randn(9, 2), Recipe(3, 4, seed=6)))
     with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
-        list(fit_heads(KernelModel(Constant(), PROCESS), randn(9, 2) * math.nan, 1))
+        list(fit_heads(KernelModel(Constant(), PROCESS), randn(9, 2) * math.nan, Recipe(1)))
     with pytest.raises(ValueError, match="x0 must hold at least one example"):
-        list(fit_heads(heads(), randn(0, 2), 1))
+        list(fit_heads(heads(), randn(0, 2), Recipe(1)))
 
 
 def test_the_first_loss_is_the_sum_over_the_heads():
@@ -242,5 +242,5 @@ def test_the_first_loss_is_the_sum_over_the_heads():
     i = torch.randint(9, (40, 4), generator=generator)
     eps = torch.randn(40, 4, 2, generator=generator).double()
     by_hand = sum(kernel_loss(model, data[i[t - 1]], TIMES[t - 1], eps[t - 1]).mean() for t in range(2, 41))
-    (loss,) = fit_heads(model, data, 1, batch_size=4)
+    (loss,) = fit_heads(model, data, Recipe(1, 4))
     torch.testing.assert_close(loss, by_hand.item(), rtol=1e-12, atol=0)
