@@ -17,17 +17,24 @@ def fail(name, rule, got, kind=ValueError):
     raise kind(f"{name} must {rule}; got {got}")
 
 
+def shown(value):
+    """A value as a message may show it: tensors and networks by their kind, not by their numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
+
+
 def integer(name, value, low=None, high=None):
     """An int in [low, high]; bool and float are refused."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        fail(name, "be an integer", repr(value), TypeError)
+        fail(name, "be an integer", shown(value), TypeError)
     return int(_in_range(name, int(value), low, high))
 
 
 def real(name, value, low=None, high=None, open_low=False):
     """A finite real number in [low, high], or (low, high] with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        fail(name, "be a real number", repr(value), TypeError)
+        fail(name, "be a real number", shown(value), TypeError)
     if not math.isfinite(value):
         fail(name, "be finite", value)
     if open_low and not value > low:
@@ -59,7 +66,7 @@ def one_of(name, value, allowed):
 def function(name, value, example):
     """Something callable; ``example`` says what would do."""
     if not callable(value):
-        fail(name, f"be a function such as {example}", repr(value), TypeError)
+        fail(name, f"be a function such as {example}", shown(value), TypeError)
     return value
 
 

@@ -53,9 +53,24 @@ def _dispatch(argv):
     except Exception as error:
         if getattr(args, "debug", False):
             raise
+        if _interrupted(error):
+            print("diffusion-edu: interrupted", file=sys.stderr)
+            return 130
+        if isinstance(error, OSError) and error.filename:
+            print(f"diffusion-edu: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         first = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"diffusion-edu: {first}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | TypeError | FileNotFoundError) else 1
+
+
+def _interrupted(error):
+    """Whether the error came up while an interrupt was being handled, as when a kernel is shut down by Ctrl-C."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "CancelledError":
+            return True
+        error = error.__context__
+    return False
 
 
 def _parser():
@@ -117,7 +132,7 @@ def _notebooks_lint(args):
     from diffusion_edu import notebooks
 
     paths = notebooks.paths(args.numbers)
-    return _report([p for path in paths for p in notebooks.lint(path)], f"{len(paths)} notebooks in order")
+    return _report([p for path in paths for p in notebooks.lint(path)], f"notebooks in order: {len(paths)}")
 
 
 def _lab(args):
@@ -133,7 +148,9 @@ def _equations(args):
     from diffusion_edu import equations
 
     if args.check:
-        return _report(equations.problems(), "every id has its function, test and notebook cell")
+        rows = equations.index()[0]
+        complete = len(rows) - len(equations.missing())
+        return _report(equations.problems(), f"no id dangles; {complete} of {len(rows)} rows are complete")
     if args.id:
         print(equations.detail(equations.row(args.id)))
         return 0

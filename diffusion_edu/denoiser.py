@@ -5,7 +5,7 @@ from torch import nn
 
 from . import checks
 from .prediction import Prediction
-from .process import expand
+from .process import Process, expand
 
 READINGS = {
     "eps": Prediction.from_eps,
@@ -20,7 +20,12 @@ class _NetModel(nn.Module):
 
     def __init__(self, net, process, learned_variance):
         super().__init__()
-        self.net = checks.function("net", net, "nn.Module")
+        if not callable(net) or isinstance(net, type):
+            checks.fail("net", "be a network, such as UNet()", checks.shown(net), TypeError)
+        if not isinstance(process, Process):
+            rule = "be a Process, such as DiscreteVP(linear_beta(1000))"
+            checks.fail("process", rule, checks.shown(process), TypeError)
+        self.net = net
         self.process = process
         self.learned_variance = learned_variance
 

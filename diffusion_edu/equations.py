@@ -85,7 +85,7 @@ def row(id, root=None):
 def problems(root=None):
     """Everything that dangles, as sentences; empty when the index is whole."""
     rows, unknown = index(root)
-    found = [f"{_at(place)}: unknown id {id}" for id, place in unknown]
+    found = [f"{_at(place)}: unknown id {id} (not in equation_ids.txt)" for id, place in unknown]
     homes = _numbers(Path(root or PACKAGE.parent))
     for r in rows.values():
         used = r.functions + r.cells

@@ -61,6 +61,8 @@ def classifier_free(model, w, **bound):
        Saharia et al., "Imagen", 2022, arXiv:2205.11487, Eq. 2.
     """
     w = checks.real("w", w, 0)
+    if "drop" in bound:
+        checks.fail("drop", "be left out: guidance sets it", "a condition")
     if not bound:
         checks.fail("conditions", "be given, for example y=labels", "none")
 

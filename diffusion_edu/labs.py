@@ -19,10 +19,10 @@ __all__ = ["filled", "grade", "source_version", "student_version", "write"]
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 CONFIG = """\
-# The course folder of this lab: run nbgrader generate_assignment {name} here.
+# A course folder: run "nbgrader generate_assignment NN" here for each notebook under source/.
 c = get_config()
 c.CourseDirectory.course_id = "diffusion_edu"
-c.ClearSolutions.code_stub = {{"python": "# your answer: replace the todo above"}}
+c.ClearSolutions.code_stub = {"python": "# your answer: replace the ... above"}
 c.ExecutePreprocessor.timeout = 900
 """
 
@@ -100,13 +100,13 @@ def write(number, out):
         raise ValueError(f"NN must be a notebook with exercises; got {number}")
     files = {out / path.name: student_version(nb), out / "source" / name / path.name: source_version(nb)}
     config = out / "nbgrader_config.py"
-    for file in (*files, config):
+    for file in files:
         if file.exists():
             raise ValueError(f"OUT must hold no lab of this notebook yet; got {file}")
     for file, lab in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(lab, file)
-    config.write_text(CONFIG.format(name=name), encoding="utf-8")
+    config.write_text(CONFIG, encoding="utf-8")  # the same for every lab: one folder holds a whole course
     return [*files, config]
 
 

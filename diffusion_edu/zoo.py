@@ -83,6 +83,8 @@ class Config:
 
 def _make(where, table, kinds):
     """Call what the table's ``kind`` names with the rest of the table."""
+    if not isinstance(table, dict):
+        checks.fail(where, "be a table with the key 'kind'", repr(table), TypeError)
     table = dict(table)
     return _call(where, kinds[checks.one_of(f"{where}.kind", table.pop("kind", None), tuple(kinds))], table)
 
@@ -123,6 +125,7 @@ def train(source, out):
     from tqdm.auto import tqdm
 
     config = read_config(source)
+    Path(out).mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the training
     recipe, model = config.make_recipe(), config.make_model()
     x0, y = data.digits("train")
     ema = averaged(model, config.ema) if config.ema else None

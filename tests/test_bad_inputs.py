@@ -449,3 +449,28 @@ def test_conditions_masks_levels_and_averages_say_what_they_need():
         TWO(POINTS[:, :1], times(5))
     with pytest.raises(TypeError, match="weight must be a function"):
         Recipe(1, weight="snr")
+
+
+def test_common_slips_are_named_and_big_things_are_not_printed_whole():
+    noise = torch.randn(4, 1, 8, 8)
+    slips = [
+        (lambda: Denoiser(UNet, VPSDE()), "net must be a network, such as UNet.*; got <class"),
+        (
+            lambda: Denoiser(UNet(width=8), linear_beta(1000)),
+            "process must be a Process.*; got a tensor of shape",
+        ),
+        (lambda: VPSDE().prior((2, 2), 0), "noise must be a function such as noises.*; got 0"),
+        (lambda: VPSDE().prior(10, noises(0)), "shape must be a tuple.*; got 10"),
+        (lambda: run(make_ddim_step)(), "step must be a step, such as ddim_step"),
+        (lambda: run(ddim_step, POINTS.sum)(), "model must have a process"),
+        (
+            lambda: run(make_ddpm_step(), noise=noise)(),
+            "noise must be a function.*; got a tensor of shape",
+        ),
+    ]
+    for slip, says in slips:
+        with pytest.raises(TypeError, match=f"^{says}") as caught:
+            slip()
+        assert len(str(caught.value)) < 200
+    with pytest.raises(ValueError, match="drop must be left out: guidance sets it"):
+        classifier_free(TWO, 2, y=torch.tensor([0, 1]), drop=torch.tensor([False, True]))

@@ -119,3 +119,21 @@ def test_equations_check_says_what_dangles(monkeypatch, capsys):
     assert capsys.readouterr().out == "a dangles\n"
     monkeypatch.setattr(equations, "problems", lambda: [])
     assert cli.main(["equations", "--check"]) == 0
+
+
+def test_an_error_on_the_way_out_of_an_interrupt_is_an_interrupt(monkeypatch, capsys):
+    def stopped(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AssertionError("while cleaning up")
+
+    monkeypatch.setattr("diffusion_edu.notebooks.run", stopped)
+    assert cli.main(["notebooks", "run", "04"]) == 130
+    assert capsys.readouterr().err == "diffusion-edu: interrupted\n"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", "digits_small", "-o", str(tmp_path / "file")]) == 2
+    assert "file: File exists" in capsys.readouterr().err

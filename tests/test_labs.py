@@ -212,3 +212,14 @@ def is_test(cell):
 def test_nbgrader_grades_the_lab_of_notebook_04(path, tmp_path, nbgrader):
     labs.write("04", tmp_path)
     check_autograder(tmp_path, "04")
+
+
+def test_one_folder_holds_a_whole_course(tmp_path):
+    numbers = [path.values[0].name[:2] for path in real()][:2]
+    for number in numbers:
+        labs.write(number, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "source").iterdir()) == numbers
+    with pytest.raises(ValueError, match="OUT must hold no lab of this notebook yet; got .*ipynb"):
+        labs.write(numbers[0], tmp_path)
+    prose = [c.source for p in tmp_path.glob("*.ipynb") for c in nbformat.read(p, 4).cells if c.cell_type == "markdown"]
+    assert any("course edition" in text for text in prose)  # where solutions are, and not in this copy

@@ -3,8 +3,10 @@
 A new schedule, process or sampler is tested here the moment it exists.
 """
 
+import ast
 import inspect
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,3 +446,13 @@ def test_mixture_oracle_takes_any_number_of_points_and_layouts():
     x = randn(2, 5)
     assert torch.equal(oracle(x.T, t).eps, oracle(x.T.contiguous(), t).eps)
     close(oracle(x.T, t.expand(5)).x0, oracle(x.T, t).x0, 1e-15)
+
+
+def test_every_step_that_is_written_is_exported_and_so_tested():
+    written = set()
+    for path in Path(samplers.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            named = [*getattr(node, "targets", []), node]
+            names = {getattr(n, "id", None) or getattr(n, "name", None) or "" for n in named}
+            written |= {n for n in names if n.endswith("_step") and not n.startswith("_")}
+    assert written and written <= set(samplers.__all__)

@@ -156,7 +156,7 @@ def mutating(x, c):
         ("99.3", "c", "99.3 not yet: that is not the right choice"),
         ("99.4", lambda x: (x, x.sum()), "99.4 correct"),
         ("99.4", lambda x: x, "99.4 not yet: the answer has 2 parts"),
-        ("99.4", lambda x: (x, x.mean()), "99.4 not yet: its values differ from the right ones"),
+        ("99.4", lambda x: (x, x.mean()), "99.4 not yet: part 2 of 2: its values differ from the right ones"),
     ],
 )
 def test_a_grade_is_one_kind_line(four, capsys, id, answer, line):

@@ -148,11 +148,13 @@ def _problem(got, want, tol):
 
 def _difference(got, want, tol):
     if isinstance(want, str):
-        return None if str(got).strip().lower() == want.strip().lower() else "that is not the right choice"
+        return None if _letters(got) == _letters(want) else "that is not the right choice"
     if isinstance(want, tuple | list):
         if not isinstance(got, tuple | list) or len(got) != len(want):
             return f"the answer has {len(want)} parts"
-        return next(filter(None, (_difference(g, w, tol) for g, w in zip(got, want, strict=True))), None)
+        parts = enumerate(zip(got, want, strict=True), 1)
+        found = ((i, _difference(g, w, tol)) for i, (g, w) in parts)
+        return next((f"part {i} of {len(want)}: {problem}" for i, problem in found if problem), None)
     try:
         g, w = numbers(got), numbers(want)
     except (TypeError, ValueError):
@@ -161,7 +163,13 @@ def _difference(got, want, tol):
         return f"its shape is {g.shape}, the answer's is {w.shape}"
     if not np.array_equal(np.isnan(g), np.isnan(w)):
         return "it gives nan"
-    return None if spread(g, w) <= tol else "its values differ from the right ones"
+    there = ~np.isnan(w)
+    return None if spread(g[there], w[there]) <= tol else "its values differ from the right ones"
+
+
+def _letters(choice):
+    """A choice without spaces, commas and capitals."""
+    return "".join(c for c in str(choice).lower() if c.isalnum())
 
 
 def numbers(value):

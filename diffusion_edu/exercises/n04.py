@@ -24,6 +24,8 @@ def _noise_and_step(alpha_bar, x0, t, eps, eps_hat, z, *, bug=None):
     below = beta.sqrt() if bug == "no bar below" else std
     shrink = a.sqrt() if bug == "bar in front" else alpha.sqrt()
     variance = beta if bug == "beta" else (1 - a_s) / (1 - a) * beta
+    if bug == "eps twice":
+        eps_hat = eps
     sigma = variance if bug == "no root" else variance.sqrt()
     if bug == "no noise":
         sigma = 0 * sigma
@@ -49,6 +51,16 @@ def _early_share(beta, *, weight=lambda beta, alpha, alpha_bar: beta / (alpha * 
 
 def _share_of(weight):
     return lambda beta: _early_share(beta, weight=weight)
+
+
+def _bug_b(var):
+    """Final variance of N(0, var) data with sqrt(1 - alpha_t) under the noise, in units of var."""
+    beta, v = linear_beta(1000), 1.0
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    for t in range(1000, 0, -1):
+        slope = (1 - alpha_bar[t]).sqrt() / (alpha_bar[t] * var + 1 - alpha_bar[t])  # of the perfect noise prediction
+        v = (1 - beta[t].sqrt() * slope) ** 2 / (1 - beta[t]) * v + beta[t] * (t > 1)
+    return v / var
 
 
 EXERCISES = {
@@ -98,20 +110,21 @@ EXERCISES = {
             "sigma^2 is beta here; the question asks for beta-tilde": _with("beta"),
             "z is multiplied by the variance beta-tilde; take its root": _with("no root"),
             "the mean is right; the fresh noise sigma z is still missing": _with("no noise"),
+            "eps is drawn, eps_hat is the network's guess: a sampler knows only eps_hat": _with("eps twice"),
         },
         tol=1e-8,
         points=2,
     ),
     "04.3": Exercise(
-        "dbca",
+        _bug_b(0.04),
         mistakes={
-            "that is the order from fatal to harmless; the question asks for the mildest first": "acbd",
-            "d adds beta_1 = 0.0001 once, in the very last step; b loses four fifths of the variance": "bdca",
-            "c is wrong in the third digit of one step only; now let a thousand steps multiply it": "cdba",
-            "a and c both explode; which of them is infinite?": "dbac",
-            "b shrinks and c explodes: compare how many times too small with how many times too large": "dcba",
-            "small in one step does not mean small after a thousand: run the chain with c": "dcab",
+            "this is the right variance over that of (b); the question asks for the inverse": 1 / _bug_b(0.04),
+            "this is the variance itself; divide it by the right one, 0.04": 0.04 * _bug_b(0.04),
+            "this is for data of variance 0.25, as above; the question asks for 0.04": _bug_b(0.25),
+            "this is a standard deviation's factor; square it": _bug_b(0.04) ** 0.5,
+            "this is the right chain: at (b) sqrt(1 - alpha_t) stands where sqrt(1 - alpha_bar_t) belongs": 1.0,
         },
+        tol=0.01,
     ),
     "04.4": Exercise(
         _early_share,
@@ -132,6 +145,11 @@ EXERCISES = {
             "this is the sum of the early weights; divide by the sum of all": (
                 lambda beta: _early_share(beta, total=2.0)
             ),
+            "entry 0 is clean data, and its weight 0 / 0: start at entry 1": lambda beta: math.nan * beta[0],
+            "this is early over late; the share is early over all": (
+                lambda beta: _early_share(beta) / (1 - _early_share(beta))
+            ),
+            "this is in per cent; the question asks for a share between 0 and 1": lambda beta: 100 * _early_share(beta),
         },
     ),
 }

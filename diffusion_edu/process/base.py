@@ -123,6 +123,9 @@ class Process(nn.Module, abc.ABC):
 
     def prior(self, shape, noise):
         """x_T of the given shape (n, *D), drawn by ``noise`` from N(0, std(T)^2 I)."""
+        checks.function("noise", noise, "noises(seed)")
+        if not isinstance(shape, tuple | list | torch.Size):
+            checks.fail("shape", "be a tuple (n, *D)", checks.shown(shape), TypeError)
         _, std = self.marginal(torch.tensor(self.T, dtype=self.time_dtype))
         return std.item() * noise(torch.empty([checks.integer("shape", n, 0) for n in shape]))
 
