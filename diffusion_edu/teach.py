@@ -31,6 +31,10 @@ def setup():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     viz.style(draft)
+    if draft and _in_kernel():
+        from matplotlib_inline.config import InlineBackend
+
+        InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # "tight" draws every figure twice
 
 
 def profile(*, smoke, lecture, full):
