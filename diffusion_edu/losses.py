@@ -1,8 +1,14 @@
-r"""Training losses, one number per example; the random draws are arguments."""
+r"""Training losses, one number per example, and their weights; the random draws are arguments.
+
+A weight is a function ``(process, t) -> Tensor``, shaped like t, for ``denoising_loss(..., weight=...)``. The losses of
+the four targets differ by weights only (`loss_ratio`), so every weight is known once it is known for x0.
+"""
+
+import torch
 
 from . import checks
 from .prediction import Prediction
-from .process import expand, q_sample
+from .process import expand, jump, q_sample
 
 TARGETS = ("eps", "x0", "v", "score")
 
@@ -55,3 +61,104 @@ def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
     error = getattr(truth, target) - getattr(pred, target)
     loss = (error**2).flatten(1).mean(1)
     return loss if weight is None else weight(model.process, t).to(loss) * loss
+
+
+def loss_ratio(process, t, target):
+    r"""How many times the squared error of x0 the squared error of a target is.
+
+    .. math:: \|\epsilon - \hat\epsilon\|^2 = \mathrm{SNR}\,\|x_0 - \hat x_0\|^2, \quad
+              \|v - \hat v\|^2 = (1 + \mathrm{SNR})\,\|x_0 - \hat x_0\|^2, \quad
+              \|s - \hat s\|^2 = \frac{\mathrm{SNR}}{b^2}\,\|x_0 - \hat x_0\|^2
+
+    with b = std (where scale^2 + b^2 is not 1, v's factor is that sum over b^2).
+
+    Parameters
+    ----------
+    process : Process
+    t : Tensor, 0-d or shape (B,)
+        Times above 0.
+    target : {"eps", "x0", "v", "score"}
+
+    Returns
+    -------
+    Tensor, shaped like ``t``, float64
+
+    Equations: param.loss_ratio
+
+    References
+    ----------
+    .. [1] Salimans and Ho, 2022, arXiv:2202.00512, section 4.
+    """
+    checks.one_of("target", target, TARGETS)
+    scale, std = process.marginal(t)
+    snr = (scale / std) ** 2
+    return {"x0": torch.ones_like(snr), "eps": snr, "v": 1 + snr, "score": snr / std**2}[target]
+
+
+def elbo_weight(target="eps", variance="beta_tilde"):
+    r"""The weights of the variational bound: with them the squared error is L_{t-1}, but for a constant.
+
+    .. math:: L_{t-1} = \frac{1}{2\sigma_t^2}\frac{\bar\alpha_{t-1}\beta_t^2}{(1 - \bar\alpha_t)^2}\|x_0 - \hat x_0\|^2
+              + C = \frac{\beta_t^2}{2\sigma_t^2\alpha_t(1 - \bar\alpha_t)}\|\epsilon - \hat\epsilon\|^2 + C
+
+    For sigma^2 = beta-tilde, C = 0 and the weight of x0 is (SNR(t - 1) - SNR(t)) / 2; it is infinite at t = 1, where
+    the bound has no divergence but L_0. `denoising_loss` takes the mean over D dimensions: its D-fold is in nats.
+
+    Parameters
+    ----------
+    target : {"eps", "x0", "v", "score"}
+    variance : {"beta_tilde", "beta"}
+        sigma_t^2 of the reverse step.
+
+    Returns
+    -------
+    function (process, t) -> Tensor, shaped like ``t``
+        For a `DiscreteVP` and t in 1..T.
+
+    Equations: elbo.w_x0, elbo.w_eps, elbo.snr_form
+
+    References
+    ----------
+    .. [1] Ho et al., 2020, arXiv:2006.11239, Eq. 12; Kingma et al., 2021, arXiv:2107.00630, Eq. 13.
+    """
+    checks.one_of("target", target, TARGETS)
+    checks.one_of("variance", variance, ("beta_tilde", "beta"))
+
+    def weight(process, t):
+        checks.times_in("t", t, 1, process.T, discrete=True)
+        (_, step_std), (a_s, b_s), (_, b_t) = jump(process, t, t - 1), process.marginal(t - 1), process.marginal(t)
+        sigma = step_std if variance == "beta" else step_std * b_s / b_t
+        gain = a_s * (step_std / b_t) ** 2  # of x0 in the mean of the posterior
+        return gain**2 / (2 * sigma**2) / loss_ratio(process, t, target)
+
+    return weight
+
+
+def min_snr_weight(target="eps", gamma=5.0):
+    r"""Min-SNR: the x0 loss weighted by the SNR, cut off at gamma, so that the easy times do not drown the others.
+
+    .. math:: w(t)\,\|x_0 - \hat x_0\|^2, \qquad w(t) = \min(\mathrm{SNR}(t), \gamma)
+
+    Parameters
+    ----------
+    target : {"eps", "x0", "v", "score"}
+        What the loss compares; the weight is divided by its `loss_ratio`.
+    gamma : float
+        Positive; infinity leaves the eps loss as it is.
+
+    Returns
+    -------
+    function (process, t) -> Tensor, shaped like ``t``
+
+    References
+    ----------
+    .. [1] Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023, arXiv:2303.09556, Eq. 7.
+    """
+    checks.one_of("target", target, TARGETS)
+    if not gamma > 0:
+        checks.fail("gamma", "be greater than 0", gamma)
+
+    def weight(process, t):
+        return loss_ratio(process, t, "eps").clamp(max=gamma) / loss_ratio(process, t, target)
+
+    return weight

@@ -151,6 +151,93 @@ def beta_from_alpha_bar(alpha_bar, max_beta=0.999):
     return _table(beta.clamp(max=max_beta))
 
 
+def beta_from_log_snr(log_snr):
+    r"""The betas of a chain whose log signal-to-noise ratio is given: log SNR as the primitive.
+
+    .. math:: \bar\alpha_t = \mathrm{sigmoid}(\lambda_t), \qquad \beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1}
+
+    Parameters
+    ----------
+    log_snr : Tensor, shape (T,)
+        lambda_1 > ... > lambda_T, at the times 1..T (at 0 it is infinite); only the last may be -inf.
+
+    Returns
+    -------
+    Tensor, shape (T + 1,), float64
+
+    Equations: sched.logsnr
+    """
+    log_snr = checks.floating("log_snr", log_snr).to(torch.float64)
+    if log_snr.ndim != 1 or not len(log_snr):
+        checks.fail("log_snr", "be 1-D with an entry for each t = 1..T", tuple(log_snr.shape))
+    if not (log_snr[1:] < log_snr[:-1]).all() or not log_snr[:-1].isfinite().all() or not log_snr[-1] < math.inf:
+        checks.fail("log_snr", "decrease strictly and be finite (the last may be -inf)", log_snr.tolist()[:8])
+    log_alpha_bar = torch.cat([log_snr.new_zeros(1), torch.nn.functional.logsigmoid(log_snr)])
+    return _table(-torch.expm1(log_alpha_bar.diff()))
+
+
+def cosine_log_snr(t, low=-15.0, high=15.0):
+    r"""The cosine schedule as a log SNR, cut to a finite range.
+
+    .. math:: \lambda(t) = -2 \log\tan\frac{\pi t}{2} \iff \bar\alpha(t) = \cos^2\frac{\pi t}{2}
+
+    and, cut to [low, high], :math:`\lambda(t) = -2\log\tan\big(t_0 + t\,(t_1 - t_0)\big)` with
+    :math:`t_0 = \arctan e^{-high/2}`, :math:`t_1 = \arctan e^{-low/2}`.
+
+    Parameters
+    ----------
+    t : Tensor
+        In [0, 1].
+    low, high : float
+        lambda(1) and lambda(0), low < high; -inf and inf do not cut.
+
+    Returns
+    -------
+    Tensor, shaped like ``t``, float64
+
+    Equations: sched.logsnr
+
+    References
+    ----------
+    .. [1] Hoogeboom et al., "simple diffusion", 2023, arXiv:2301.11093, section 3.1 (their -15 and 15 are the cut).
+    """
+    t = checks.times_in("t", t, 0, 1, discrete=False).to(torch.float64)
+    if math.isnan(low) or math.isnan(high) or not low < high:
+        checks.fail("low, high", "be in order, low < high", (low, high))
+    start = math.atan(math.exp(-high / 2))
+    end = math.pi / 2 if low == -math.inf else math.atan(math.exp(-low / 2))
+    return -2 * torch.tan(start + t * (end - start)).log()
+
+
+def zero_terminal_snr(beta):
+    r"""The table shifted and scaled so that nothing of the data is left at T: alpha_bar[T] = 0, beta[T] = 1.
+
+    .. math:: \sqrt{\bar\alpha_t} \leftarrow \sqrt{\bar\alpha_1}\,
+              \frac{\sqrt{\bar\alpha_t} - \sqrt{\bar\alpha_T}}{\sqrt{\bar\alpha_1} - \sqrt{\bar\alpha_T}}
+
+    There eps says nothing of x_0: predict x0 or v.
+
+    Parameters
+    ----------
+    beta : Tensor, shape (T + 1,), T at least 2
+
+    Returns
+    -------
+    Tensor, shape (T + 1,), float64
+
+    References
+    ----------
+    .. [1] Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2023, arXiv:2305.08891,
+       algorithm 1.
+    """
+    beta = check_beta(beta)
+    if len(beta) < 3:
+        checks.fail("beta", "have at least 2 steps", f"T = {len(beta) - 1}")
+    root = (torch.log1p(-beta).cumsum(0) / 2).exp()[1:]
+    root = root[0] * (root - root[-1]) / (root[0] - root[-1])
+    return beta_from_alpha_bar(torch.cat([root.new_ones(1), root**2]), max_beta=1)
+
+
 def respace(beta, times):
     r"""The table of a chain that visits only ``times``: alpha_bar at the kept steps does not change.
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import checks
 from .kernel_model import kernel_loss
 from .losses import TARGETS, denoising_loss
+from .vae import VAE, vae_elbo
 
 
 def own_times(process, n, generator=None):
@@ -43,6 +45,8 @@ class Recipe:
         Loss weight.
     sample_t : function (process, n, generator) -> Tensor, shape (n,)
         Draws the training times.
+    loss : function (model, x0, t, eps, **cond) -> Tensor, shape (B,), or None
+        Another loss than `denoising_loss`, such as `elbo.hybrid_loss`; ``target`` and ``weight`` are then not used.
     """
 
     n_steps: int
@@ -54,6 +58,7 @@ class Recipe:
     target: str = "eps"
     weight: Callable | None = None
     sample_t: Callable = own_times
+    loss: Callable | None = None
 
     def __post_init__(self):
         checks.integer("n_steps", self.n_steps, low=0)
@@ -66,6 +71,8 @@ class Recipe:
         if self.weight is not None:
             checks.function("weight", self.weight, "lambda process, t: process.log_snr(t).exp()")
         checks.function("sample_t", self.sample_t, "log_normal_times(-1.2, 1.2)")
+        if self.loss is not None:
+            checks.function("loss", self.loss, "hybrid_loss")
 
 
 def fit(model, x0, recipe, *, ema=None, **cond):
@@ -101,6 +108,7 @@ def fit(model, x0, recipe, *, ema=None, **cond):
     """
     check_data(x0, cond)
     generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size
+    example_loss = recipe.loss or partial(denoising_loss, target=recipe.target, weight=recipe.weight)
 
     def loss():
         i = torch.randint(len(x0), (n,), generator=generator).to(x0.device)
@@ -109,7 +117,42 @@ def fit(model, x0, recipe, *, ema=None, **cond):
         batch = {name: value[i] for name, value in cond.items()}
         if recipe.p_drop:
             batch["drop"] = (torch.rand(n, generator=generator) < recipe.p_drop).to(x0.device)
-        return denoising_loss(model, x0[i], t, eps, recipe.target, recipe.weight, **batch).mean()
+        return example_loss(model, x0[i], t, eps, **batch).mean()
+
+    return descend(model, loss, recipe, ema)
+
+
+def fit_vae(model, x, recipe, *, beta=1.0, ema=None):
+    r"""Train a VAE, or an HVAE, by its bound; yields minus the ELBO of each batch, in nats per dimension of x.
+
+    .. math:: \max_{\theta, \phi} E_{q_\phi}\Big[\log\frac{p_\theta(x, z)}{q_\phi(z \mid x)}\Big]
+
+    Parameters
+    ----------
+    model : VAE or HVAE
+        Trained in place: a VAE with the exact divergence to the prior, an HVAE by the log ratio of one draw.
+    x : Tensor, shape (N, *D)
+        All the data.
+    recipe : Recipe
+        ``p_drop``, ``target``, ``weight``, ``sample_t`` and ``loss`` play no part.
+    beta : float
+        Weight of the divergence, for a VAE.
+    ema : AveragedModel or None
+
+    Equations: vae.elbo, hvae.elbo
+    """
+    check_data(x, {})
+    if beta != 1 and not isinstance(model, VAE):
+        checks.fail("beta", "be 1 for an HVAE of several levels", beta)
+    generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size
+
+    def noise(z):
+        return torch.randn(z.shape, generator=generator).to(z)
+
+    def loss():
+        batch = x[torch.randint(len(x), (n,), generator=generator).to(x.device)]
+        bound = vae_elbo(model, batch, noise, beta=beta) if isinstance(model, VAE) else model.elbo(batch, noise)
+        return -bound.mean() / batch[0].numel()
 
     return descend(model, loss, recipe, ema)
 

@@ -13,10 +13,10 @@ PACKAGE = Path(diffusion_edu.__file__).parent
 
 FLOORS = [
     "checks",
-    "schedules gaussian data tokenizer",
+    "schedules gaussian bits data tokenizer",
     "process prediction nets",
     "denoiser oracles kernel_model",
-    "losses samplers guidance metrics",
+    "losses samplers guidance metrics vae",
     "training checkpoint zoo elbo likelihood distill cascade latent unclip editing",
     "viz widgets teach exercises labs notebooks equations demo cli",
 ]
@@ -25,7 +25,9 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 # The few imports on one floor; a piece made of several files (nets, samplers, exercises) may import itself.
 SAME_FLOOR = {
     ("process", "prediction"),
+    ("bits", "gaussian"),
     ("samplers", "guidance"),
+    ("zoo", "elbo"),
     ("zoo", "checkpoint"),
     ("zoo", "training"),
     ("training", "checkpoint"),

@@ -159,7 +159,7 @@ def terminal_kl(process, x0):
         A variance-preserving one.
     x0 : Tensor, shape (B, *D)
 
-    Equations: fwd.prior_limit
+    Equations: fwd.prior_limit, elbo.L_T
     """
     scale, std = process.marginal(torch.tensor(process.T, dtype=process.time_dtype))
     squared = checks.floating("x0", x0).flatten(1) ** 2

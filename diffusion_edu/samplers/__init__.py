@@ -1,7 +1,7 @@
 """Samplers: one driver, many steps, and ways to combine them. ``step(model, x_t, t, s, noise) -> x_s``."""
 
 from .compose import chain, churn, finite, guided_mean, keep_known
-from .driver import KernelStep, noises, noises_per_sample, sample
+from .driver import KernelStep, evaluating, noises, noises_per_sample, sample
 from .solvers import Dpmpp2M, heun_step, make_dpmpp_2m_step
 from .stochastic import (
     beta,
@@ -24,6 +24,7 @@ __all__ = [
     "churn",
     "ddim_step",
     "euler_maruyama_step",
+    "evaluating",
     "finite",
     "guided_mean",
     "heun_step",

@@ -88,9 +88,11 @@ def guided_mean(step, log_prob, w):
             if s > 0:
                 checks.fail("step", "draw noise: its variance is what w scales", "a deterministic step")
             return mean, None
+        if s == 0 and not step.draws_last:
+            return mean, sigma  # the last mean is the sample: there is no draw that the classifier could lean on
         return mean + w * sigma**2 * gradient(log_prob, mean, s), sigma
 
-    return KernelStep(kernel)
+    return KernelStep(kernel, step.draws_last)
 
 
 def churn(step, gamma, s_noise=1.0, sigma_min=0.0, sigma_max=math.inf):

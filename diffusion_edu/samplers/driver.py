@@ -50,17 +50,17 @@ def sample(step, model, x_T, times, noise=None):
     times = check_decreasing(model.process.check_times(times, "times"))
     noise = _no_noise if noise is None else checks.function("noise", noise, "noises(seed)")
     for t, s in pairwise(times):
-        x = _evaluating(model, step, x, t, s, noise)
+        x = evaluating(model, step, x, t, s, noise)
         yield x
 
 
-def _evaluating(model, step, x, t, s, noise):
-    """One step in eval mode; each part of the model gets its own mode back, whatever happens."""
+def evaluating(model, function, *arguments):
+    """``function(model, ...)`` in eval mode; each part of the model gets its own mode back, whatever happens."""
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False
     try:
-        return step(model, x, t, s, noise)
+        return function(model, *arguments)
     finally:
         for module in training:
             module.training = True
@@ -79,14 +79,17 @@ class KernelStep:
     ----------
     kernel : function (model, x_t, t, s) -> (mean, sigma)
         ``sigma`` broadcasts against ``mean``; None means 0, and no noise is drawn.
+    draws_last : bool
+        Whether noise is drawn at the last step, s = 0. If not, sigma is there the decoder's, of p(x_0 | x_t): part of
+        the model and of its likelihood, but a sample is its mean.
     """
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+    def __init__(self, kernel, draws_last=True):
+        self.kernel, self.draws_last = kernel, draws_last
 
     def __call__(self, model, x_t, t, s, noise):
         mean, sigma = self.kernel(model, x_t, t, s)
-        if sigma is None:
+        if sigma is None or (s == 0 and not self.draws_last):
             return mean
         checks.function("noise", noise, "noises(seed)")
         return mean + sigma * checks.same_shape("noise(x)", noise(mean), "x", mean)

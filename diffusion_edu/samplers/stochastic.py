@@ -1,5 +1,7 @@
 """Steps that draw: ancestral sampling, DDIM's family, the reverse SDE, learned kernels and Langevin dynamics."""
 
+import torch
+
 from .. import checks
 from ..process import SDE, expand, jump, posterior
 from .driver import KernelStep
@@ -22,8 +24,13 @@ def beta_tilde(pred, process, t, s):
 
     .. math:: \sigma_t^2 = \tilde\beta_t = \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\,\beta_t
 
+    At the last step, s = 0, that is 0 and leaves no density: there it is the variance of the step before, from 2t to t
+    (on a table, beta-tilde_1 := beta-tilde_2), as Nichol and Dhariwal do; in a chain of one step it stays 0.
+
     Equations: rev.sigma_choices
     """
+    before = (s == 0) & (t < process.T)
+    t, s = torch.where(before, (2 * t).clamp(max=process.T), t), torch.where(before, t, s)
     return posterior(process, pred.x0, pred.x_t, t, s)[1] ** 2
 
 
@@ -40,7 +47,7 @@ def learned(pred, process, t, s):
     """
     if pred.frac is None:
         checks.fail("model", "predict a variance, Denoiser(..., learned_variance=True)", "one that does not")
-    low = beta_tilde(pred, process, t, s).clamp_min(1e-20).log()  # beta-tilde is 0 at s = 0
+    low = beta_tilde(pred, process, t, s).clamp_min(1e-20).log()  # 0 in a chain of one step
     return (pred.frac * beta(pred, process, t, s).log() + (1 - pred.frac) * low).exp()
 
 
@@ -74,9 +81,9 @@ def make_ddpm_step(variance=beta_tilde):
     def kernel(model, x_t, t, s):
         pred = model(x_t, t)
         mean, _ = posterior(model.process, pred.x0, x_t, t, s)
-        return mean, None if s == 0 else variance(pred, model.process, t, s).sqrt()
+        return mean, variance(pred, model.process, t, s).sqrt()
 
-    return KernelStep(kernel)
+    return KernelStep(kernel, draws_last=False)
 
 
 def make_ddim_step(eta=0.0):
@@ -126,7 +133,7 @@ def _reverse_sde(model, x_t, t, s):
     t, dt = t.double(), expand((t - s).double(), x_t)
     g = expand(process.diffusion(t), x_t)
     mean = x_t - (process.drift(x_t, t) - g**2 * pred.score) * dt
-    return mean, None if s == 0 else g * dt.sqrt()
+    return mean, g * dt.sqrt()
 
 
 def _sde(process):
@@ -136,7 +143,7 @@ def _sde(process):
     return process
 
 
-euler_maruyama_step = KernelStep(_reverse_sde)
+euler_maruyama_step = KernelStep(_reverse_sde, draws_last=False)
 euler_maruyama_step.__doc__ = r"""The reverse SDE by Euler and Maruyama.
 
     .. math:: x_s = x_t - \big[f(x_t, t) - g(t)^2\, s_\theta(x_t, t)\big](t - s) + g(t)\sqrt{t - s}\, z

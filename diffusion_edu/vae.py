@@ -1,0 +1,518 @@
+r"""Latent-variable models: the VAE, its hierarchy, and the evidence lower bound.
+
+Every conditional is a Gaussian, given as a function ``x -> (mean, sigma)``: a network (`nets.autoencoder.GaussianMLP`),
+a line of code, or one step of a diffusion chain (`diffusion_as_hvae`). Everything is in nats, shape (B,), and what is
+called an ELBO here is a lower bound on log p(x).
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import checks
+from .bits import log_likelihood
+from .gaussian import normal_kl, normal_log_prob
+from .nets.autoencoder import GaussianMLP
+from .process import check_decreasing, expand, jump
+
+
+def reparameterize(mean, sigma, eps):
+    r"""Draw z from N(mean, sigma^2) as a function of mean and sigma, so that gradients reach them.
+
+    .. math:: z = \mu + \sigma\,\epsilon, \qquad \epsilon \sim \mathcal N(0, I)
+
+    Parameters
+    ----------
+    mean, sigma : Tensor, broadcastable to eps
+    eps : Tensor
+        Standard normal noise.
+
+    Returns
+    -------
+    Tensor, shaped like ``eps``
+
+    Equations: vae.reparam, vae.lotus
+
+    References
+    ----------
+    .. [1] Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114, section 2.4.
+    """
+    return mean + sigma * checks.floating("eps", eps)
+
+
+def kl_std_normal(mean, sigma):
+    r"""KL divergence from N(mean, diag sigma^2) to N(0, I), in nats.
+
+    .. math:: D_{KL} = \tfrac12 \sum_j (\sigma_j^2 + \mu_j^2 - 1 - \log\sigma_j^2)
+
+    Parameters
+    ----------
+    mean, sigma : Tensor, shape (B, *L)
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    Equations: vae.kl_std_normal
+
+    References
+    ----------
+    .. [1] Kingma and Welling, 2013, arXiv:1312.6114, appendix B.
+    """
+    checks.same_shape("sigma", sigma, "mean", checks.floating("mean", mean))
+    return normal_kl(mean, sigma**2, 0.0, 1.0).flatten(1).sum(1)
+
+
+def expectation_normal(g, mean, sigma, n=64):
+    r"""E g(z) for z ~ N(mean, sigma^2), by Gauss-Hermite quadrature in eps.
+
+    .. math:: E_{z \sim q}[g(z)] = E_{\epsilon \sim \mathcal N(0, 1)}[g(\mu + \sigma\epsilon)]
+              \approx \sum_i w_i\, g(\mu + \sigma\epsilon_i)
+
+    Exact for polynomials up to degree 2n - 1.
+
+    Parameters
+    ----------
+    g : function Tensor -> Tensor, elementwise
+    mean, sigma : Tensor of one shape, float64
+    n : int
+        Number of nodes.
+
+    Returns
+    -------
+    Tensor, shaped like ``mean``
+
+    Equations: vae.lotus
+    """
+    checks.same_shape("sigma", sigma, "mean", checks.floating("mean", mean))
+    rule = np.polynomial.hermite_e.hermegauss(checks.integer("n", n, 1))
+    nodes, weights = (torch.from_numpy(a).to(mean) for a in rule)
+    values = g(reparameterize(mean[..., None], sigma[..., None], nodes))
+    return (values * weights).sum(-1) / weights.sum()
+
+
+def pathwise_gradient(f, mean, sigma, eps):
+    r"""Gradient of E f(z) with respect to (mean, sigma), one estimate for each draw, through z itself.
+
+    .. math:: \nabla_\phi E[f(z)] = E\big[\nabla_z f(z)\, \nabla_\phi z(\epsilon; \phi)\big], \qquad
+              z = \mu + \sigma\epsilon
+
+    Parameters
+    ----------
+    f : function z (K, L) -> Tensor, shape (K,)
+        Differentiable.
+    mean, sigma : Tensor, shape (L,)
+    eps : Tensor, shape (K, L)
+
+    Returns
+    -------
+    for_mean, for_sigma : Tensor, shape (K, L)
+        Average over K for the estimate; the spread over K is its variance.
+
+    Equations: vae.reparam
+    """
+    z = reparameterize(mean.detach(), sigma.detach(), eps).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(f(z).sum(), z)
+    return slope, slope * eps
+
+
+def score_function_gradient(f, mean, sigma, eps):
+    r"""Gradient of E f(z) with respect to (mean, sigma), one estimate for each draw, without differentiating f.
+
+    .. math:: \nabla_\phi E_{q_\phi}[f(z)] = E_{q_\phi}\big[f(z)\, \nabla_\phi \log q_\phi(z)\big]
+
+    Unbiased for any f, but of larger variance than `pathwise_gradient`. Parameters and returns as there.
+
+    Equations: vae.grad_swap
+
+    References
+    ----------
+    .. [1] Williams, "Simple statistical gradient-following algorithms", 1992, Machine Learning 8.
+    """
+    value = f(reparameterize(mean, sigma, eps)).detach()[:, None]
+    return value * eps / sigma, value * (eps**2 - 1) / sigma
+
+
+class HVAE(nn.Module):
+    r"""A Markov chain of latent variables over the data, z_T -> ... -> z_1 -> x, and the chain that encodes x.
+
+    .. math:: p(x, z_{1:T}) = p(z_T)\, p_\theta(x \mid z_1) \prod_{t=2}^T p_\theta(z_{t-1} \mid z_t), \qquad
+              q(z_{1:T} \mid x) = q_\phi(z_1 \mid x) \prod_{t=2}^T q_\phi(z_t \mid z_{t-1})
+
+    with p(z_T) = N(0, I).
+
+    Parameters
+    ----------
+    encoders : sequence of T functions (or networks) -> (mean, sigma)
+        The first of x, then each of the latent below.
+    decoders : sequence of T functions (or networks) -> (mean, sigma)
+        The first of z_1 (it says x), then each of the latent above: ``decoders[t]`` says z_t given z_{t+1}.
+    levels : int or None
+        None: p(x | z_1) is a density. Otherwise x holds this many grey levels, and it is their probability.
+
+    Equations: hvae.joint, hvae.posterior
+
+    References
+    ----------
+    .. [1] Luo, "Understanding Diffusion Models: A Unified Perspective", 2022, arXiv:2208.11970, Eq. 23-28.
+    """
+
+    def __init__(self, encoders, decoders, levels=None):
+        super().__init__()
+        if not len(encoders) or len(encoders) != len(decoders):
+            got = f"{len(encoders)} encoders, {len(decoders)} decoders"
+            checks.fail("encoders, decoders", "be as many as each other, at least 1", got)
+        self.encoders, self.decoders, self.levels = _parts(encoders), _parts(decoders), levels
+
+    def encode(self, x, noise):
+        r"""Draw the latents of x, bottom up.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, *D)
+        noise : function x -> Tensor like x
+
+        Returns
+        -------
+        zs : list of T Tensors
+            z_1, ..., z_T.
+        log_q : Tensor, shape (B,)
+            log q(z_{1:T} | x).
+        """
+        zs, log_q = [], 0
+        for encoder in self.encoders:
+            mean, sigma = encoder(zs[-1] if zs else x)
+            zs.append(reparameterize(mean, sigma, noise(mean)))
+            log_q = log_q + normal_log_prob(zs[-1], mean, sigma**2)
+        return zs, log_q
+
+    def log_joint(self, x, zs):
+        r"""log p(x, z_{1:T}), shape (B,): the latents under their decoders, and x under z_1.
+
+        Equations: hvae.joint, vae.joint
+        """
+        if len(zs) != len(self.decoders):
+            checks.fail("zs", f"be {len(self.decoders)} latents, z_1 first", len(zs))
+        log_p = normal_log_prob(zs[-1], 0.0, 1.0) + log_likelihood(x, *self.decoders[0](zs[0]), self.levels)
+        for decoder, (below, above) in zip(list(self.decoders)[1:], pairwise(zs), strict=True):
+            mean, sigma = decoder(above)
+            log_p = log_p + normal_log_prob(below, mean, sigma**2)
+        return log_p
+
+    def elbo(self, x, noise):
+        r"""One draw of the bound as a log ratio: unbiased for the ELBO, for any number of levels.
+
+        .. math:: \log p(x) \ge E_{q(z_{1:T} \mid x)}\Big[\log\frac{p(x, z_{1:T})}{q(z_{1:T} \mid x)}\Big]
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, *D)
+        noise : function x -> Tensor like x
+
+        Returns
+        -------
+        Tensor, shape (B,)
+
+        Equations: hvae.elbo
+        """
+        zs, log_q = self.encode(x, noise)
+        return self.log_joint(x, zs) - log_q
+
+    @torch.no_grad()
+    def draw(self, z, noise=None):
+        r"""Samples of x from z_T (n, *L), top down; the last step is its mean. Without noise, every step is."""
+        for decoder in list(self.decoders)[:0:-1]:
+            mean, sigma = decoder(z)
+            z = mean if noise is None else reparameterize(mean, sigma, noise(mean))
+        return self.decoders[0](z)[0]
+
+
+class VAE(HVAE):
+    r"""An HVAE of one level: p(z) p(x | z), and an encoder q(z | x).
+
+    Parameters
+    ----------
+    encoder, decoder : function (or network) -> (mean, sigma)
+    levels : int or None
+        As in `HVAE`.
+
+    Equations: vae.joint, vae.encoder
+
+    References
+    ----------
+    .. [1] Kingma and Welling, 2013, arXiv:1312.6114.
+    """
+
+    def __init__(self, encoder, decoder, levels=None):
+        super().__init__([encoder], [decoder], levels)
+
+    @property
+    def encoder(self):
+        """x -> (mean, sigma) of z."""
+        return self.encoders[0]
+
+    @property
+    def decoder(self):
+        """z -> (mean, sigma) of x."""
+        return self.decoders[0]
+
+
+def vae_elbo(vae, x, noise, n_draws=1, beta=1.0):
+    r"""The evidence lower bound of a VAE: how well draws of z explain x, minus what they cost.
+
+    .. math:: \mathrm{ELBO} = E_{q_\phi(z \mid x)}[\log p_\theta(x \mid z)]
+              - \beta\, D_{KL}(q_\phi(z \mid x)\,\|\,p(z))
+
+    The expectation is the mean over ``n_draws`` reparameterised draws, the divergence is exact.
+
+    Parameters
+    ----------
+    vae : VAE
+    x : Tensor, shape (B, *D)
+    noise : function x -> Tensor like x
+        For example ``noises(seed)``.
+    n_draws : int
+        K: the Monte Carlo variance falls as 1 / K.
+    beta : float
+        1 is the bound; larger values trade reconstruction for a posterior nearer to the prior.
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    Equations: vae.elbo, vae.elbo_mc
+
+    References
+    ----------
+    .. [1] Kingma and Welling, 2013, arXiv:1312.6114, Eq. 3 and 7; Higgins et al., "beta-VAE", 2017.
+    """
+    k = checks.integer("n_draws", n_draws, 1)
+    mean, sigma = vae.encoder(x)
+    z = reparameterize(mean, sigma, noise(mean.expand(k, *mean.shape)))
+    many = x.expand(k, *x.shape).flatten(0, 1)
+    explained = log_likelihood(many, *vae.decoder(z.flatten(0, 1)), vae.levels).unflatten(0, (k, -1)).mean(0)
+    return explained - checks.real("beta", beta, 0) * kl_std_normal(mean, sigma)
+
+
+def importance_bound(model, x, noise, n_draws):
+    r"""A tighter lower bound on log p(x), from several draws of the latents.
+
+    .. math:: \log p(x) \ge E\Big[\log\frac1K\sum_{k=1}^K \frac{p(x, z^{(k)})}{q(z^{(k)} \mid x)}\Big]
+              \xrightarrow{K \to \infty} \log p(x)
+
+    K = 1 is the ELBO.
+
+    Parameters
+    ----------
+    model : HVAE
+    x : Tensor, shape (B, *D)
+    noise : function x -> Tensor like x
+    n_draws : int
+        K.
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    References
+    ----------
+    .. [1] Burda et al., "Importance Weighted Autoencoders", 2016, arXiv:1509.00519, Eq. 8.
+    """
+    k = checks.integer("n_draws", n_draws, 1)
+    ratio = model.elbo(x.expand(k, *x.shape).flatten(0, 1), noise).unflatten(0, (k, -1))
+    return ratio.logsumexp(0) - np.log(k)
+
+
+class LinearVAE:
+    r"""The VAE whose every quantity is known: p(x | z) = N(W z + b, s^2 I), probabilistic PCA.
+
+    .. math:: p(x) = \mathcal N(b,\ W W^\top + s^2 I), \qquad
+              p(z \mid x) = \mathcal N\big(M^{-1} W^\top (x - b) / s^2,\ M^{-1}\big), \quad M = I + W^\top W / s^2
+
+    Parameters
+    ----------
+    W : Tensor, shape (D, L), float64
+    b : Tensor, shape (D,)
+    var : float
+        s^2 > 0.
+
+    Equations: vae.true_posterior
+
+    References
+    ----------
+    .. [1] Tipping and Bishop, "Probabilistic Principal Component Analysis", 1999, J. R. Stat. Soc. B 61(3).
+    """
+
+    def __init__(self, W, b, var):
+        if checks.floating("W", W).ndim != 2 or checks.floating("b", b).shape != W.shape[:1]:
+            got = f"{tuple(W.shape)}, {tuple(b.shape)}"
+            checks.fail("W, b", "have shapes (D, L) and (D,)", got)
+        self.W, self.b, self.var = W, b, checks.real("var", var, 0, open_low=True)
+
+    def decoder(self, z):
+        """Mean and standard deviation of p(x | z), z (B, L) -> (B, D) each."""
+        mean = z @ self.W.T + self.b
+        return mean, torch.full_like(mean, self.var**0.5)
+
+    def posterior(self, x):
+        """Mean (B, L) and covariance (L, L) of p(z | x)."""
+        precision = torch.eye(self.W.shape[1], dtype=self.W.dtype) + self.W.T @ self.W / self.var
+        cov = torch.linalg.inv(precision)
+        return (x - self.b) @ self.W @ cov / self.var, cov
+
+    def log_prob(self, x):
+        """log p(x), shape (B,)."""
+        cov = self.W @ self.W.T + self.var * torch.eye(len(self.W), dtype=self.W.dtype)
+        return torch.distributions.MultivariateNormal(self.b, cov).log_prob(x)
+
+    def log_joint(self, x, z):
+        r"""log p(x, z), shape (B,).
+
+        Equations: vae.joint
+        """
+        mean, sigma = self.decoder(z)
+        return normal_log_prob(z, 0.0, 1.0) + normal_log_prob(x, mean, sigma**2)
+
+    def elbo(self, x, mean, cov):
+        r"""The bound in closed form, for q(z | x) = N(mean, cov) with a full covariance.
+
+        .. math:: E_q[\log p(x \mid z)]
+                  = \log\mathcal N(x; W\mu + b, s^2 I) - \frac{\mathrm{tr}(W \Sigma W^\top)}{2 s^2}
+
+        minus D_KL(q || N(0, I)).
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, D)
+        mean : Tensor, shape (B, L)
+        cov : Tensor, shape (L, L) or (B, L, L)
+
+        Returns
+        -------
+        Tensor, shape (B,)
+
+        Equations: vae.elbo
+        """
+        spread = torch.einsum("dl,...lm,dm->...", self.W, cov, self.W) / (2 * self.var)
+        return normal_log_prob(x, *self._moments(mean)) - spread - gaussian_kl(mean, cov)
+
+    def gap(self, x, mean, cov):
+        r"""How far the bound is from log p(x): the divergence of q(z | x) = N(mean, cov) to the true posterior.
+
+        .. math:: \log p_\theta(x) - \mathrm{ELBO}(q) = D_{KL}(q_\phi(z \mid x)\,\|\,p_\theta(z \mid x)) \ge 0
+
+        Equations: vae.gap
+        """
+        return gaussian_kl(mean, cov, *self.posterior(x))
+
+    def _moments(self, z):
+        mean, sigma = self.decoder(z)
+        return mean, sigma**2
+
+
+def gaussian_kl(mean1, cov1, mean2=None, cov2=None):
+    r"""KL divergence between Gaussians with full covariances, in nats; the second is N(0, I) if left out.
+
+    .. math:: \tfrac12\Big(\mathrm{tr}(\Sigma_2^{-1}\Sigma_1) + (\mu_2 - \mu_1)^\top\Sigma_2^{-1}(\mu_2 - \mu_1) - L
+              + \log\frac{\det\Sigma_2}{\det\Sigma_1}\Big)
+
+    Parameters
+    ----------
+    mean1, mean2 : Tensor, shape (B, L)
+    cov1, cov2 : Tensor, shape (L, L) or (B, L, L)
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    Equations: gauss.kl
+    """
+    normal = torch.distributions.MultivariateNormal
+    if mean2 is None:
+        mean2, cov2 = torch.zeros_like(mean1), torch.eye(mean1.shape[1], dtype=mean1.dtype)
+    return torch.distributions.kl_divergence(normal(mean1, cov1), normal(mean2, cov2))
+
+
+def diffusion_as_hvae(step, model, times):
+    r"""A diffusion model, seen as an HVAE: latents as large as the data, a fixed encoder, a prior that it reaches.
+
+    .. math:: \dim z_t = \dim x, \qquad q(x_t \mid x_{t-1}) = \mathcal N(\sqrt{\alpha_t}\,x_{t-1}, (1 - \alpha_t) I),
+              \qquad q(x_T \mid x_0) \to \mathcal N(0, I)
+
+    Parameters
+    ----------
+    step : KernelStep
+        Says mean and sigma of p(x_s | x_t).
+    model : Model
+    times : Tensor, shape (n + 1,)
+        Decreasing, from T to 0.
+
+    Returns
+    -------
+    HVAE
+        With n levels.
+
+    Equations: hvae.to_diffusion
+
+    References
+    ----------
+    .. [1] Luo, 2022, arXiv:2208.11970, "Variational Diffusion Models".
+    """
+    pairs = list(pairwise(check_decreasing(model.process.check_times(times, "times"))))[::-1]
+
+    def encoder(t, s):
+        scale, std = jump(model.process, t, s)
+        return lambda x: (expand(scale, x) * x, expand(std, x).expand_as(x))
+
+    def decoder(t, s):
+        def kernel(x_t):
+            mean, sigma = step.kernel(model, x_t, t, s)
+            return mean, sigma.expand_as(mean)
+
+        return kernel
+
+    return HVAE([encoder(t, s) for t, s in pairs], [decoder(t, s) for t, s in pairs])
+
+
+def _parts(functions):
+    """A ModuleList, so that the parameters of networks are found; plain functions are wrapped."""
+    for function in functions:
+        checks.function("encoders, decoders", function, "GaussianMLP(2, 1)")
+    return nn.ModuleList(f if isinstance(f, nn.Module) else _Function(f) for f in functions)
+
+
+class _Function(nn.Module):
+    """A plain function in a ModuleList."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def make_hvae(latents, shape=(1, 8, 8), width=128, depth=2, levels=None):
+    r"""An untrained HVAE of MLPs for data of the given shape; a `VAE` where there is one latent.
+
+    Parameters
+    ----------
+    latents : sequence of int
+        Dimensions of z_1, ..., z_T.
+    shape : sequence of int
+        Of one example.
+    width, depth : int
+        Of each MLP.
+    levels : int or None
+        As in `HVAE`.
+    """
+    if not len(latents):
+        checks.fail("latents", "name at least one dimension", latents)
+    sizes = [shape, *latents]
+    encoders = [GaussianMLP(a, b, width, depth) for a, b in pairwise(sizes)]
+    decoders = [GaussianMLP(b, a, width, depth) for a, b in pairwise(sizes)]
+    decoders[0] = GaussianMLP(latents[0], shape, width, depth, sigma="one", sigma_start=0.5)
+    return VAE(encoders[0], decoders[0], levels) if len(latents) == 1 else HVAE(encoders, decoders, levels)
