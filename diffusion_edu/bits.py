@@ -6,11 +6,14 @@ Grey level k = 0..n - 1 stands at x = 2 k / (n - 1) - 1, in [-1, 1]; its bin has
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .gaussian import normal_log_prob
+from .gaussian import normal_log_prob, sum_dims
+
+LEGENDRE = np.polynomial.legendre.leggauss(6)
 
 
 def discretized_log_prob(x, mean, sigma, levels=256):
@@ -19,13 +22,14 @@ def discretized_log_prob(x, mean, sigma, levels=256):
     .. math:: p(x) = \int_{\delta_-(x)}^{\delta_+(x)} \mathcal N(u; \mu, \sigma^2)\,du, \qquad
               \delta_\pm(x) = x \pm \tfrac{1}{n - 1}, \quad \delta_+(1) = \infty, \quad \delta_-(-1) = -\infty
 
-    The end bins are open, so the n probabilities sum to 1 for every mean and sigma.
+    The end bins are open, so the n probabilities sum to 1 for every mean and sigma. Value and slope are right to
+    rounding however far or wide the Gaussian is, in float32, too.
 
     Parameters
     ----------
     x : Tensor, shape (B, *D)
         Grey levels, on the grid of ``levels`` values in [-1, 1].
-    mean, sigma : Tensor
+    mean, sigma : Tensor or float
         Broadcast against ``x``; sigma > 0.
     levels : int
         n, at least 2.
@@ -38,7 +42,7 @@ def discretized_log_prob(x, mean, sigma, levels=256):
     Raises
     ------
     ValueError
-        If some x is not one of the levels (read on the CPU only).
+        If some x is not one of the levels, or some sigma is not positive and finite (read on the CPU only).
 
     Equations: elbo.L_0_discrete
 
@@ -47,17 +51,28 @@ def discretized_log_prob(x, mean, sigma, levels=256):
     .. [1] Ho et al., 2020, arXiv:2006.11239, Eq. 13.
     """
     grey = check_levels(x, levels)
-    half = 1 / (levels - 1)
-    low, high = (x - half - mean) / sigma, (x + half - mean) / sigma
-    far = 40.0  # standard deviations: nothing is left beyond
-    low, high = (
-        torch.where(grey == 0, high.detach().clamp(max=0) - far, low),
-        torch.where(grey == levels - 1, low.detach().clamp(min=0) + far, high),
-    )
-    right = low + high > 0  # the tail in which the digits are
-    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
-    below, above = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    return above + (-torch.expm1(below - above)).log()
+    checks.broadcasts("mean", mean, "x", x), checks.broadcasts("sigma", sigma, "x", x)
+    d = (x - mean) / checks.positive("sigma", sigma)
+    half, away = torch.ones_like(d) / (sigma * (levels - 1)), d.abs()
+    first, last = grey == 0, grey == levels - 1
+    # A bin of the right tail is read in the left one, from -away - half up to half - away: there the digits are.
+    high = log_ndtr(torch.where(first, half + d, torch.where(last, half - d, half - away)))
+    below = (log_ndtr(-half - away) - high).exp().clamp(max=0.5)  # Phi(low) / Phi(high): smaller in a wide bin
+    wide = high + torch.log1p(-below * ~(first | last))
+    # In a narrow bin that difference would cancel, but the density hardly changes: Gauss-Legendre nodes u in (-1, 1).
+    narrow = (half < 0.5) & (half * away < 0.5) & ~(first | last)
+    half, away = torch.where(narrow, half, 1.0), torch.where(narrow, away, 0.0)  # no overflow where it is not used
+    u, weight = (torch.from_numpy(a).to(d) for a in LEGENDRE)
+    v = half[..., None] * u
+    density = ((-v * (away[..., None] + v / 2)).exp() * weight).sum(-1)
+    return torch.where(narrow, (half * density).log() - (away**2 + math.log(2 * math.pi)) / 2, wide)
+
+
+def log_ndtr(z):
+    """log Phi(z). The derivative of `torch.special.log_ndtr` is wrong in the far left tail; this one's is not."""
+    left = z.clamp(max=0)
+    tail = torch.special.erfcx(left * -math.sqrt(0.5)).log() - left**2 / 2 - math.log(2)
+    return torch.where(z < 0, tail, torch.log1p(-torch.special.erfc(z.clamp(min=0) * math.sqrt(0.5)) / 2))
 
 
 def dequantize(x, levels, u):
@@ -71,7 +86,7 @@ def dequantize(x, levels, u):
     Parameters
     ----------
     x, u : Tensor, shape (B, *D)
-        Grey levels, and uniform random numbers.
+        Grey levels, and uniform random numbers (not normal ones: values outside [0, 1] are refused on the CPU).
     levels : int
         n, at least 2.
 
@@ -85,7 +100,10 @@ def dequantize(x, levels, u):
     .. [1] Theis et al., "A note on the evaluation of generative models", 2016, arXiv:1511.01844, section 3.1.
     """
     check_levels(x, levels)
-    return x + (2 * checks.same_shape("u", u, "x", x) - 1) / (levels - 1)
+    checks.same_shape("u", u, "x", x)
+    if u.device.type == "cpu" and u.numel() and not (0 <= u.min() and u.max() <= 1):
+        checks.fail("u", "be uniform on [0, 1)", f"{u.min().item():g} to {u.max().item():g}")
+    return x + (2 * u - 1) / (levels - 1)
 
 
 def bits_per_dim(nats, d, levels=None):
@@ -132,12 +150,12 @@ def check_levels(x, levels):
 
 
 def grey_levels(levels):
-    """The n grey levels in [-1, 1], shape (levels,), float64."""
+    """The n grey levels in [-1, 1], shape (n,), float64."""
     return torch.linspace(-1, 1, checks.integer("levels", levels, 2), dtype=torch.float64)
 
 
 def log_likelihood(x, mean, sigma, levels=None) -> Tensor:
     r"""log p(x) in nats, shape (B,): a Gaussian density (``levels=None``) or the probability of grey levels."""
     if levels is not None:
-        return discretized_log_prob(x, mean, sigma, levels).flatten(1).sum(1)
+        return sum_dims(discretized_log_prob(x, mean, sigma, levels))
     return normal_log_prob(x, mean, sigma**2)

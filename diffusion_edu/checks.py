@@ -87,6 +87,26 @@ def same_shape(name, value, other_name, other):
     return value
 
 
+def broadcasts(name, value, other_name, other):
+    """``value``, a tensor or a number, broadcasts to exactly the shape of ``other``."""
+    shape = getattr(value, "shape", ())
+    sizes = zip(reversed(shape), reversed(other.shape), strict=False)
+    if len(shape) > other.ndim or any(a not in (1, b) for a, b in sizes):
+        fail(name, f"broadcast to the shape of {other_name}, {tuple(other.shape)}", f"shape {tuple(shape)}")
+    return value
+
+
+def positive(name, value):
+    """A tensor or a number, finite and greater than 0. Values are read on the CPU only."""
+    if not isinstance(value, Tensor):
+        return real(name, value, 0, open_low=True)
+    if value.device.type == "cpu":
+        bad = ~((value > 0) & value.isfinite())
+        if bad.any():
+            fail(name, "be finite and greater than 0", f"{value[bad].flatten()[0].item():g}")
+    return value
+
+
 def labels(name, value, batch, n_classes):
     """Class labels: int64, shape (B,), values 0..n_classes-1."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:

@@ -60,11 +60,12 @@ def bound_term(step, model, x0, t, s, eps, levels=None, **cond):
         model = bind(model, **cond)
     mean, sigma = _kernel(step, model, x_t, t, s)
     mean_q, sigma_q = posterior(model.process, x0, x_t, t, s)
-    last, var = expand(s, x0) == 0, sigma**2
-    kl = normal_kl(mean_q, torch.where(last, var, sigma_q**2), mean, var).flatten(1).sum(1)
-    if s.device.type == "cpu" and not (s == 0).any():
+    last, var = s == 0, sigma**2
+    var_q = torch.where(expand(last, x0) == 1, var, sigma_q**2)  # the posterior at s = 0 is a point: any var will do
+    kl = normal_kl(mean_q, var_q, mean, var).flatten(1).sum(1)
+    if s.device.type == "cpu" and not last.any():
         return kl
-    return torch.where(s == 0, -log_likelihood(x0, mean, sigma, levels), kl)
+    return torch.where(last, -log_likelihood(x0, mean, sigma, levels), kl)
 
 
 @torch.no_grad()
@@ -76,6 +77,7 @@ def bound_terms(step, model, x0, times, noise, levels=None):
     Parameters
     ----------
     step, model, x0, levels : as in `bound_term`
+        Bind conditions first (`guidance.bind`). The process must end in N(0, I), as the variance-preserving ones do.
     times : Tensor, shape (n + 1,)
         Decreasing, from T to 0: ``process.grid(n)``. On all T steps of a table it is the lecture's bound.
     noise : function x -> Tensor like x
@@ -93,6 +95,7 @@ def bound_terms(step, model, x0, times, noise, levels=None):
     .. [1] Ho et al., 2020, arXiv:2006.11239, Eq. 5.
     """
     times = _whole(model.process, times)
+    checks.function("noise", noise, "noises(seed)")
     yield terminal_kl(model.process, x0)
     for t, s in pairwise(times):
         yield evaluating(model, lambda *now: bound_term(step, *now, levels), x0, t, s, noise(x0))
@@ -118,10 +121,14 @@ def noising_path(process, x0, times, noise):
 
     Equations: fwd.joint
     """
-    path = [x0]
-    for s, t in pairwise(check_decreasing(process.check_times(times, "times")).flip(0)):
+    path = [checks.floating("x0", x0)]
+    times = check_decreasing(process.check_times(times, "times"))
+    if times[-1] != 0:
+        checks.fail("times", "end in 0, where x0 lives", f"{times[-1].item():g}")
+    checks.function("noise", noise, "noises(seed)")
+    for s, t in pairwise(times.flip(0)):
         scale, std = (expand(c, x0) for c in jump(process, t, s))
-        path.append(scale * path[-1] + std * noise(x0))
+        path.append(scale * path[-1] + std * checks.same_shape("noise(x)", noise(x0), "x", x0))
     return path[::-1]
 
 
@@ -196,7 +203,9 @@ def continuous_term(model, x0, log_snr, eps, weight=None, **cond):
     """
     process = model.process.continuous()
     log_snr = checks.batch_of_times("log_snr", checks.floating("log_snr", log_snr), len(x0)).double()
-    t = process.time_of(log_snr)
+    t = process.time_of(log_snr).clamp(max=process.T)  # the inverse rounds
+    if t.device.type == "cpu" and not torch.allclose(process.log_snr(t), log_snr, rtol=1e-6, atol=1e-6):
+        checks.fail("log_snr", f"be one that {type(process).__name__} passes through", log_snr.flatten()[:8].tolist())
     error = eps - model(q_sample(process, x0, t, eps), t, **cond).eps
     nats = (error**2).flatten(1).sum(1) / 2
     return nats if weight is None else weight(log_snr).to(nats) * nats
@@ -230,8 +239,8 @@ def hybrid_loss(model, x0, t, eps, vlb_weight=1e-3, levels=None, **cond):
 
     Raises
     ------
-    ValueError
-        If the model predicts no variance.
+    TypeError, ValueError
+        If the process is not a table, or the model predicts no variance.
 
     Equations: lv.hybrid
 
@@ -239,7 +248,7 @@ def hybrid_loss(model, x0, t, eps, vlb_weight=1e-3, levels=None, **cond):
     ----------
     .. [1] Nichol and Dhariwal, 2021, arXiv:2102.09672, Eq. 16.
     """
-    checks.times_in("t", t, 1, model.process.T, discrete=True)
+    checks.times_in("t", t, 1, _table(model.process).T, discrete=True)
     pred = model(q_sample(model.process, x0, t, eps), t, **cond)
     simple = ((eps - pred.eps) ** 2).flatten(1).mean(1)
     frozen = _Answer(model.process, replace(pred, x0=pred.x0.detach(), eps=pred.eps.detach()))
@@ -252,7 +261,8 @@ class ImportanceTimes:
 
     .. math:: L_{vlb} = E_{t \sim p}\Big[\frac{L_{t-1}}{p_t}\Big], \qquad p_t \propto \sqrt{E[L_{t-1}^2]}
 
-    Uniform until every t has been seen ``history`` times; then by the last ``history`` values of each t.
+    Uniform until every t has been seen ``history`` times; then by the last ``history`` values of each t. Terms that do
+    not vary (and are not negative) are then summed without error, but for the share ``uniform``.
 
     Parameters
     ----------
@@ -260,6 +270,8 @@ class ImportanceTimes:
         Times are 1..T.
     history : int
         How many values of each term are kept.
+    uniform : float
+        Share of the draws that stay uniform, so that no term is forgotten.
 
     Equations: lv.importance
 
@@ -268,8 +280,9 @@ class ImportanceTimes:
     .. [1] Nichol and Dhariwal, 2021, arXiv:2102.09672, Eq. 18.
     """
 
-    def __init__(self, T, history=10):
+    def __init__(self, T, history=10, uniform=1e-3):
         self.T, self.history = checks.integer("T", T, 1), checks.integer("history", history, 1)
+        self.uniform = checks.real("uniform", uniform, 0, 1)
         self.losses = torch.zeros(self.T, self.history, dtype=torch.float64)
         self.seen = torch.zeros(self.T, dtype=torch.int64)
 
@@ -280,7 +293,7 @@ class ImportanceTimes:
             return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
         root = (self.losses**2).mean(1).sqrt()
         p = root / root.sum() if root.sum() > 0 else torch.full_like(root, 1 / self.T)
-        return 0.999 * p + 0.001 / self.T  # a term that was 0 may not stay so
+        return (1 - self.uniform) * p + self.uniform / self.T
 
     def draw(self, n, generator=None):
         """(t, weight), each (n,): times, and 1 / p_t, so that the mean of weight * L_{t-1} is their sum over t."""
@@ -293,6 +306,8 @@ class ImportanceTimes:
         checks.times_in("t", t, 1, self.T, discrete=True)
         if t.ndim != 1 or losses.shape != t.shape:
             checks.fail("losses", f"have the shape of t, {tuple(t.shape)}, 1-D", tuple(losses.shape))
+        if not losses.isfinite().all():
+            checks.fail("losses", "be finite", losses.tolist()[:8])
         for i, loss in zip((t - 1).tolist(), losses.detach().double().tolist(), strict=True):
             self.losses[i, self.seen[i] % self.history] = loss
             self.seen[i] += 1
@@ -324,7 +339,7 @@ def entropy_bound(kl_terms, process, d):
     ----------
     .. [1] Sohl-Dickstein et al., 2015, arXiv:1503.03585, Eq. 14 and appendix B.
     """
-    if len(kl_terms) != process.T - 1:
+    if len(kl_terms) != _table(process).T - 1:
         checks.fail("kl_terms", f"have T - 1 = {process.T - 1} rows", len(kl_terms))
     _, std = process.marginal(torch.tensor([1, process.T], device=kl_terms.device))
     entropy = normal_entropy(std**2, d)
@@ -347,8 +362,11 @@ def _kernel(step, model, x_t, t, s):
         rule = "be a Gaussian step (KernelStep), such as make_ddpm_step(beta)"
         checks.fail("step", rule, checks.shown(step), TypeError)
     mean, sigma = step.kernel(model, x_t, t, s)
+    rule = "have a variance above 0: without one the bound is infinite"
     if sigma is None:
-        checks.fail("step", "have a variance: without one the bound is infinite", "a deterministic step")
+        checks.fail("step", rule, "a deterministic step")
+    if sigma.device.type == "cpu" and not (sigma > 0).all():
+        checks.fail("step", rule, f"sigma = {sigma.min().item() + 0:g} on the way to s = {s.min().item():g}")
     return mean, sigma
 
 
@@ -357,4 +375,13 @@ def _whole(process, times):
     times = check_decreasing(process.check_times(times, "times"))
     if times[0] != process.T or times[-1] != 0:
         checks.fail("times", f"run from T = {process.T:g} to 0", f"{times[0].item():g} to {times[-1].item():g}")
+    if process.marginal(times[0])[1] > 1 + 1e-6:
+        checks.fail("model.process", "end in N(0, I), the prior of the bound", type(process).__name__)
     return times
+
+
+def _table(process):
+    """A process in steps t = 1..T."""
+    if not process.discrete:
+        checks.fail("process", "be a table (DiscreteVP)", type(process).__name__, TypeError)
+    return process

@@ -127,12 +127,21 @@ def detail(r):
 
 def _functions(root):
     """(id, place) of every ``Equations:`` line in a docstring of the package."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for path in sorted((root / "diffusion_edu").rglob("*.py")):
-        for name, node in _named(ast.parse(path.read_text(encoding="utf-8")), kinds):
-            text = re.search(r"^\s*Equations:((?:.*,\s*\n)*.*)$", ast.get_docstring(node) or "", re.M)
+        for name, line, docstring in _docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+            text = re.search(r"^\s*Equations:((?:.*,\s*\n)*.*)$", docstring, re.M)
             for id in re.split(r"[,\s]+", text[1].strip()) if text else ():
-                yield id, Place(path.relative_to(root).as_posix(), node.lineno, name)
+                yield id, Place(path.relative_to(root).as_posix(), line, name)
+
+
+def _docstrings(tree):
+    """(name, line, docstring) of functions and classes, and of steps: ``ddim_step.__doc__ = ...``."""
+    for name, node in _named(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield name, node.lineno, ast.get_docstring(node) or ""
+    for node in tree.body:
+        match node:
+            case ast.Assign([ast.Attribute(ast.Name(name), "__doc__")], ast.Constant(docstring)):
+                yield name, node.lineno, docstring
 
 
 def _tests(root):

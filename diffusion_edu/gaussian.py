@@ -41,7 +41,7 @@ def normal_log_prob(x, mean, var):
     Equations: gauss.logpdf
     """
     mean, var = _like(x, mean, var)
-    return _sum_dims(-0.5 * (torch.log(2 * math.pi * var) + (x - mean) ** 2 / var).expand_as(x))
+    return sum_dims(-0.5 * (torch.log(2 * math.pi * var) + (x - mean) ** 2 / var).expand_as(x))
 
 
 def normal_score(x, mean, var):
@@ -267,7 +267,7 @@ def kl_equal_var(mean1, mean2, var):
     """
     checks.same_shape("mean2", mean2, "mean1", checks.floating("mean1", mean1))
     _, var = _like(mean1, 0.0, var, name="mean1")
-    return _sum_dims((mean1 - mean2) ** 2 / (2 * var))
+    return sum_dims((mean1 - mean2) ** 2 / (2 * var))
 
 
 def normal_entropy(var, d=1):
@@ -316,14 +316,9 @@ def _like(x, mean, var, name="x"):
     """The checked mean and variance, which must broadcast to the shape of x."""
     checks.floating(name, x)
     mean, var = _tensor("mean", mean), _variance("var", var)
-    for other, value in (("mean", mean), ("var", var)):
-        sizes = zip(reversed(value.shape), reversed(x.shape), strict=False)
-        if value.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
-            got = f"shape {tuple(value.shape)}"
-            checks.fail(other, f"broadcast to the shape of {name}, {tuple(x.shape)}", got)
-    return mean, var
+    return checks.broadcasts("mean", mean, name, x), checks.broadcasts("var", var, name, x)
 
 
-def _sum_dims(values):
+def sum_dims(values):
     """Sum over everything but the batch axis; a 1-d tensor holds B scalars already."""
     return values.flatten(1).sum(1) if values.ndim > 1 else values

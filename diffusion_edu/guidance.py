@@ -212,7 +212,7 @@ def reschedule(model, process):
     Model
         With ``.process`` the new process.
 
-    Equations: sched.train_vs_sample
+    Equations: sched.train_vs_sample, score.ddpm_equiv
 
     References
     ----------

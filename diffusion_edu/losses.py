@@ -4,6 +4,8 @@ A weight is a function ``(process, t) -> Tensor``, shaped like t, for ``denoisin
 the four targets differ by weights only (`loss_ratio`), so every weight is known once it is known for x0.
 """
 
+import math
+
 import torch
 
 from . import checks
@@ -19,7 +21,8 @@ def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
     .. math:: L = \frac{w(t)}{D}\,\big\|\, \mathrm{target} -
               \widehat{\mathrm{target}}_\theta(\mathrm{scale}(t)\, x_0 + \mathrm{std}(t)\, \epsilon,\ t) \big\|^2
 
-    With ``target="eps"`` and no weight its mean is DDPM's L_simple, per dimension.
+    With ``target="eps"`` and no weight its mean is DDPM's L_simple, per dimension; and denoising score matching at all
+    noise levels, ``target="score"`` weighted by lambda(t) = std(t)^2 (NCSN's sigma^2, the SDE's 1 - alpha_bar).
 
     Parameters
     ----------
@@ -44,11 +47,12 @@ def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
     ValueError
         If the batch is empty, some t is 0, or shapes differ.
 
-    Equations: elbo.L_simple
+    Equations: elbo.L_simple, ncsn.objective, ncsn.eps_form, sde.dsm_loss
 
     References
     ----------
-    .. [1] Ho et al., 2020, arXiv:2006.11239, Eq. 14 and algorithm 1.
+    .. [1] Ho et al., 2020, arXiv:2006.11239, Eq. 14 and algorithm 1; Song and Ermon, 2019, arXiv:1907.05600, Eq. 5-6;
+       Song et al., 2021, arXiv:2011.13456, Eq. 7.
     """
     checks.one_of("target", target, TARGETS)
     if not len(checks.floating("x0", x0)):
@@ -159,6 +163,7 @@ def min_snr_weight(target="eps", gamma=5.0):
         checks.fail("gamma", "be greater than 0", gamma)
 
     def weight(process, t):
-        return loss_ratio(process, t, "eps").clamp(max=gamma) / loss_ratio(process, t, target)
+        cut = loss_ratio(process, t, "eps").clamp(max=gamma) / loss_ratio(process, t, target)
+        return cut.nan_to_num(1.0, posinf=math.inf)  # 0 / 0 without signal, for eps and score: the limit
 
     return weight

@@ -26,7 +26,7 @@ class Prediction:
     frac : Tensor, shape (B, *D), or None
         A learned variance: where it lies between beta-tilde (0) and beta (1), on a log scale.
 
-    Equations: param.x0_from_eps, param.eps_from_x0, param.score_from_eps, param.v
+    Equations: param.target, param.x0_from_eps, param.eps_from_x0, param.score_from_eps, param.v
 
     References
     ----------
@@ -61,12 +61,27 @@ class Prediction:
 
     @classmethod
     def from_score(cls, x_t, scale, std, score, frac=None):
-        """From the score of q(x_t)."""
+        r"""From the score of q(x_t); its clean data are Tweedie's mean.
+
+        .. math:: E[x_0 \mid x_t] = \frac{x_t + b^2\,\nabla\log q(x_t)}{a}
+
+        Equations: param.tweedie
+
+        References
+        ----------
+        .. [1] Efron, "Tweedie's Formula and Selection Bias", 2011.
+        """
         return cls.from_eps(x_t, scale, std, -std * score, frac)
 
     @property
     def score(self):
-        """grad log q(x_t), shape (B, *D)."""
+        r"""The score, shape (B, *D): of q_t where a model says eps, of the kernel q(x_t | x_0) where eps was drawn.
+
+        .. math:: s_\theta(x_t, t) = -\frac{\hat\epsilon}{b} \approx \nabla\log q_t(x_t), \qquad
+                  \nabla_{x_t}\log q(x_t \mid x_0) = \frac{a\,x_0 - x_t}{b^2} = -\frac{\epsilon}{b}
+
+        Equations: score.def, score.kernel, sde.score_model
+        """
         return -self.eps / self.std
 
     @property

@@ -11,8 +11,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checks
+from .bits import dequantize
 from .kernel_model import kernel_loss
 from .losses import TARGETS, denoising_loss
+from .process import VE
+from .schedules import geometric_sigmas
 from .vae import VAE, vae_elbo
 
 
@@ -47,6 +50,8 @@ class Recipe:
         Draws the training times.
     loss : function (model, x0, t, eps, **cond) -> Tensor, shape (B,), or None
         Another loss than `denoising_loss`, such as `elbo.hybrid_loss`; ``target`` and ``weight`` are then not used.
+    augment : function (x0, generator) -> Tensor like x0, or None
+        Changes each batch afresh, such as `dequantized`.
     """
 
     n_steps: int
@@ -59,6 +64,7 @@ class Recipe:
     weight: Callable | None = None
     sample_t: Callable = own_times
     loss: Callable | None = None
+    augment: Callable | None = None
 
     def __post_init__(self):
         checks.integer("n_steps", self.n_steps, low=0)
@@ -73,6 +79,8 @@ class Recipe:
         checks.function("sample_t", self.sample_t, "log_normal_times(-1.2, 1.2)")
         if self.loss is not None:
             checks.function("loss", self.loss, "hybrid_loss")
+        if self.augment is not None:
+            checks.function("augment", self.augment, "dequantized(17)")
 
 
 def fit(model, x0, recipe, *, ema=None, **cond):
@@ -100,7 +108,7 @@ def fit(model, x0, recipe, *, ema=None, **cond):
     FloatingPointError
         If a loss is not finite: names the step and the parameter; the step is not taken.
 
-    Equations: ddpm.train_alg1, ddpm.train_code
+    Equations: ddpm.train_alg1, ddpm.train_code, ncsn.train
 
     References
     ----------
@@ -117,7 +125,8 @@ def fit(model, x0, recipe, *, ema=None, **cond):
         batch = {name: value[i] for name, value in cond.items()}
         if recipe.p_drop:
             batch["drop"] = (torch.rand(n, generator=generator) < recipe.p_drop).to(x0.device)
-        return example_loss(model, x0[i], t, eps, **batch).mean()
+        x = x0[i] if recipe.augment is None else recipe.augment(x0[i], generator)
+        return example_loss(model, x, t, eps, **batch).mean()
 
     return descend(model, loss, recipe, ema)
 
@@ -333,3 +342,40 @@ def log_normal_times(mean=-1.2, std=1.2):
         return t.round().clamp(min=1).long() if process.discrete else t
 
     return sample_t
+
+
+def level_times(n, sigma_min=0.01, sigma_max=1.0):
+    r"""Training times of NCSN: one of n geometric noise levels, each as likely as the others.
+
+    .. math:: i \sim U\{1..n\}, \qquad \sigma_1 = \sigma_{max} > \dots > \sigma_n = \sigma_{min}
+
+    Parameters
+    ----------
+    n : int
+    sigma_min, sigma_max : float
+
+    Returns
+    -------
+    function (process, n, generator) -> Tensor, shape (n,), float64
+        For ``Recipe(sample_t=...)`` on `VE`, where time is the noise level; refuses other processes.
+
+    Equations: ncsn.train, ncsn.objective
+
+    References
+    ----------
+    .. [1] Song and Ermon, 2019, arXiv:1907.05600, Eq. 6.
+    """
+    sigmas = geometric_sigmas(n, sigma_min, sigma_max)[:-1]
+
+    def sample_t(process, n, generator=None):
+        if not isinstance(process, VE):
+            checks.fail("process", "be VE, whose time is the noise level", type(process).__name__, TypeError)
+        return sigmas[torch.randint(len(sigmas), (n,), generator=generator)]
+
+    return sample_t
+
+
+def dequantized(levels):
+    """Grey levels spread over their bins, afresh in every batch: for ``Recipe(augment=...)``, to train a density."""
+    checks.integer("levels", levels, 2)
+    return lambda x0, generator: dequantize(x0, levels, torch.rand(x0.shape, generator=generator).to(x0))

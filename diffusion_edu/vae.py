@@ -13,7 +13,7 @@ from torch import nn
 
 from . import checks
 from .bits import log_likelihood
-from .gaussian import normal_kl, normal_log_prob
+from .gaussian import normal_kl, normal_log_prob, sum_dims
 from .nets.autoencoder import GaussianMLP
 from .process import check_decreasing, expand, jump
 
@@ -25,7 +25,8 @@ def reparameterize(mean, sigma, eps):
 
     Parameters
     ----------
-    mean, sigma : Tensor, broadcastable to eps
+    mean, sigma : Tensor or float
+        Broadcast against ``eps``.
     eps : Tensor
         Standard normal noise.
 
@@ -39,7 +40,8 @@ def reparameterize(mean, sigma, eps):
     ----------
     .. [1] Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114, section 2.4.
     """
-    return mean + sigma * checks.floating("eps", eps)
+    checks.floating("eps", eps)
+    return checks.broadcasts("mean", mean, "eps", eps) + checks.broadcasts("sigma", sigma, "eps", eps) * eps
 
 
 def kl_std_normal(mean, sigma):
@@ -49,7 +51,8 @@ def kl_std_normal(mean, sigma):
 
     Parameters
     ----------
-    mean, sigma : Tensor, shape (B, *L)
+    mean, sigma : Tensor, shape (B, *L) or (B,)
+        As in `gaussian.normal_log_prob`, a 1-d tensor is a batch of B scalars.
 
     Returns
     -------
@@ -62,7 +65,7 @@ def kl_std_normal(mean, sigma):
     .. [1] Kingma and Welling, 2013, arXiv:1312.6114, appendix B.
     """
     checks.same_shape("sigma", sigma, "mean", checks.floating("mean", mean))
-    return normal_kl(mean, sigma**2, 0.0, 1.0).flatten(1).sum(1)
+    return sum_dims(normal_kl(mean, checks.positive("sigma", sigma) ** 2, 0.0, 1.0))
 
 
 def expectation_normal(g, mean, sigma, n=64):
@@ -78,7 +81,7 @@ def expectation_normal(g, mean, sigma, n=64):
     g : function Tensor -> Tensor, elementwise
     mean, sigma : Tensor of one shape, float64
     n : int
-        Number of nodes.
+        Number of nodes, at most 200.
 
     Returns
     -------
@@ -87,9 +90,9 @@ def expectation_normal(g, mean, sigma, n=64):
     Equations: vae.lotus
     """
     checks.same_shape("sigma", sigma, "mean", checks.floating("mean", mean))
-    rule = np.polynomial.hermite_e.hermegauss(checks.integer("n", n, 1))
+    rule = np.polynomial.hermite_e.hermegauss(checks.integer("n", n, 1, 200))
     nodes, weights = (torch.from_numpy(a).to(mean) for a in rule)
-    values = g(reparameterize(mean[..., None], sigma[..., None], nodes))
+    values = g(reparameterize(mean[..., None], sigma[..., None], nodes.expand(*mean.shape, n)))
     return (values * weights).sum(-1) / weights.sum()
 
 
@@ -115,7 +118,7 @@ def pathwise_gradient(f, mean, sigma, eps):
     """
     z = reparameterize(mean.detach(), sigma.detach(), eps).requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(f(z).sum(), z)
+        (slope,) = torch.autograd.grad(_values(f, z).sum(), z)
     return slope, slope * eps
 
 
@@ -132,8 +135,17 @@ def score_function_gradient(f, mean, sigma, eps):
     ----------
     .. [1] Williams, "Simple statistical gradient-following algorithms", 1992, Machine Learning 8.
     """
-    value = f(reparameterize(mean, sigma, eps)).detach()[:, None]
+    sigma = sigma.detach()
+    value = _values(f, reparameterize(mean, sigma, eps)).detach()[:, None]
     return value * eps / sigma, value * (eps**2 - 1) / sigma
+
+
+def _values(f, z):
+    """f(z), one number for each draw."""
+    value = checks.function("f", f, "lambda z: (z**2).sum(1)")(z)
+    if value.shape != z.shape[:1]:
+        checks.fail("f(z)", f"have shape {tuple(z.shape[:1])}, one number a draw: (z**2).sum(1)", tuple(value.shape))
+    return value
 
 
 class HVAE(nn.Module):
@@ -162,10 +174,11 @@ class HVAE(nn.Module):
 
     def __init__(self, encoders, decoders, levels=None):
         super().__init__()
-        if not len(encoders) or len(encoders) != len(decoders):
+        self.encoders, self.decoders = _parts("encoders", encoders), _parts("decoders", decoders)
+        if len(encoders) != len(decoders):
             got = f"{len(encoders)} encoders, {len(decoders)} decoders"
-            checks.fail("encoders, decoders", "be as many as each other, at least 1", got)
-        self.encoders, self.decoders, self.levels = _parts(encoders), _parts(decoders), levels
+            checks.fail("encoders, decoders", "be as many as each other", got)
+        self.levels = None if levels is None else checks.integer("levels", levels, 2)
 
     def encode(self, x, noise):
         r"""Draw the latents of x, bottom up.
@@ -185,7 +198,7 @@ class HVAE(nn.Module):
         zs, log_q = [], 0
         for encoder in self.encoders:
             mean, sigma = encoder(zs[-1] if zs else x)
-            zs.append(reparameterize(mean, sigma, noise(mean)))
+            zs.append(reparameterize(mean, sigma, _eps(noise, mean)))
             log_q = log_q + normal_log_prob(zs[-1], mean, sigma**2)
         return zs, log_q
 
@@ -203,7 +216,7 @@ class HVAE(nn.Module):
         return log_p
 
     def elbo(self, x, noise):
-        r"""One draw of the bound as a log ratio: unbiased for the ELBO, for any number of levels.
+        r"""One draw of the bound as a log ratio: unbiased for the ELBO, however many latents there are.
 
         .. math:: \log p(x) \ge E_{q(z_{1:T} \mid x)}\Big[\log\frac{p(x, z_{1:T})}{q(z_{1:T} \mid x)}\Big]
 
@@ -226,7 +239,7 @@ class HVAE(nn.Module):
         r"""Samples of x from z_T (n, *L), top down; the last step is its mean. Without noise, every step is."""
         for decoder in list(self.decoders)[:0:-1]:
             mean, sigma = decoder(z)
-            z = mean if noise is None else reparameterize(mean, sigma, noise(mean))
+            z = mean if noise is None else reparameterize(mean, sigma, _eps(noise, mean))
         return self.decoders[0](z)[0]
 
 
@@ -289,11 +302,13 @@ def vae_elbo(vae, x, noise, n_draws=1, beta=1.0):
     ----------
     .. [1] Kingma and Welling, 2013, arXiv:1312.6114, Eq. 3 and 7; Higgins et al., "beta-VAE", 2017.
     """
+    if not isinstance(vae, VAE):
+        checks.fail("vae", "be a VAE (for several levels there is HVAE.elbo)", checks.shown(vae), TypeError)
     k = checks.integer("n_draws", n_draws, 1)
     mean, sigma = vae.encoder(x)
-    z = reparameterize(mean, sigma, noise(mean.expand(k, *mean.shape)))
+    z = torch.stack([reparameterize(mean, sigma, _eps(noise, mean)) for _ in range(k)])
     many = x.expand(k, *x.shape).flatten(0, 1)
-    explained = log_likelihood(many, *vae.decoder(z.flatten(0, 1)), vae.levels).unflatten(0, (k, -1)).mean(0)
+    explained = log_likelihood(many, *vae.decoder(z.flatten(0, 1)), vae.levels).unflatten(0, (k, len(x))).mean(0)
     return explained - checks.real("beta", beta, 0) * kl_std_normal(mean, sigma)
 
 
@@ -322,7 +337,12 @@ def importance_bound(model, x, noise, n_draws):
     .. [1] Burda et al., "Importance Weighted Autoencoders", 2016, arXiv:1509.00519, Eq. 8.
     """
     k = checks.integer("n_draws", n_draws, 1)
-    ratio = model.elbo(x.expand(k, *x.shape).flatten(0, 1), noise).unflatten(0, (k, -1))
+    checks.function("noise", noise, "noises(seed)")
+
+    def noise_of_each(z):
+        return torch.cat([noise(draw) for draw in z.chunk(k)])
+
+    ratio = model.elbo(x.expand(k, *x.shape).flatten(0, 1), noise_of_each).unflatten(0, (k, len(x)))
     return ratio.logsumexp(0) - np.log(k)
 
 
@@ -361,12 +381,12 @@ class LinearVAE:
         """Mean (B, L) and covariance (L, L) of p(z | x)."""
         precision = torch.eye(self.W.shape[1], dtype=self.W.dtype) + self.W.T @ self.W / self.var
         cov = torch.linalg.inv(precision)
-        return (x - self.b) @ self.W @ cov / self.var, cov
+        return (self._checked(x) - self.b) @ self.W @ cov / self.var, cov
 
     def log_prob(self, x):
         """log p(x), shape (B,)."""
         cov = self.W @ self.W.T + self.var * torch.eye(len(self.W), dtype=self.W.dtype)
-        return torch.distributions.MultivariateNormal(self.b, cov).log_prob(x)
+        return torch.distributions.MultivariateNormal(self.b, cov).log_prob(self._checked(x))
 
     def log_joint(self, x, z):
         r"""log p(x, z), shape (B,).
@@ -397,7 +417,8 @@ class LinearVAE:
         Equations: vae.elbo
         """
         spread = torch.einsum("dl,...lm,dm->...", self.W, cov, self.W) / (2 * self.var)
-        return normal_log_prob(x, *self._moments(mean)) - spread - gaussian_kl(mean, cov)
+        mean_x, sigma = self.decoder(mean)
+        return normal_log_prob(x, mean_x, sigma**2) - spread - gaussian_kl(mean, cov)
 
     def gap(self, x, mean, cov):
         r"""How far the bound is from log p(x): the divergence of q(z | x) = N(mean, cov) to the true posterior.
@@ -408,9 +429,10 @@ class LinearVAE:
         """
         return gaussian_kl(mean, cov, *self.posterior(x))
 
-    def _moments(self, z):
-        mean, sigma = self.decoder(z)
-        return mean, sigma**2
+    def _checked(self, x):
+        if checks.floating("x", x).ndim != 2 or x.shape[1:] != self.b.shape:
+            checks.fail("x", f"have shape (B, {len(self.b)})", tuple(x.shape))
+        return x
 
 
 def gaussian_kl(mean1, cov1, mean2=None, cov2=None):
@@ -430,6 +452,8 @@ def gaussian_kl(mean1, cov1, mean2=None, cov2=None):
 
     Equations: gauss.kl
     """
+    if checks.floating("mean1", mean1).ndim != 2:
+        checks.fail("mean1", "have shape (B, L)", tuple(mean1.shape))
     normal = torch.distributions.MultivariateNormal
     if mean2 is None:
         mean2, cov2 = torch.zeros_like(mean1), torch.eye(mean1.shape[1], dtype=mean1.dtype)
@@ -461,7 +485,14 @@ def diffusion_as_hvae(step, model, times):
     ----------
     .. [1] Luo, 2022, arXiv:2208.11970, "Variational Diffusion Models".
     """
-    pairs = list(pairwise(check_decreasing(model.process.check_times(times, "times"))))[::-1]
+    if not hasattr(step, "kernel"):
+        rule = "be a Gaussian step (KernelStep), such as make_ddpm_step(beta)"
+        checks.fail("step", rule, checks.shown(step), TypeError)
+    times = check_decreasing(model.process.check_times(times, "times"))
+    if times[0] != model.process.T or times[-1] != 0:
+        rule = f"run from T = {model.process.T:g} to 0"
+        checks.fail("times", rule, f"{times[0].item():g} to {times[-1].item():g}")
+    pairs = list(pairwise(times))[::-1]
 
     def encoder(t, s):
         scale, std = jump(model.process, t, s)
@@ -470,17 +501,31 @@ def diffusion_as_hvae(step, model, times):
     def decoder(t, s):
         def kernel(x_t):
             mean, sigma = step.kernel(model, x_t, t, s)
+            if sigma is None:
+                checks.fail("step", "have a variance: without one the bound is infinite", "a deterministic step")
             return mean, sigma.expand_as(mean)
 
         return kernel
 
-    return HVAE([encoder(t, s) for t, s in pairs], [decoder(t, s) for t, s in pairs])
+    hvae = HVAE([encoder(t, s) for t, s in pairs], [decoder(t, s) for t, s in pairs])
+    hvae.model = model  # so that its parameters and its mode are the HVAE's
+    return hvae
 
 
-def _parts(functions):
+def _eps(noise, mean):
+    """Fresh noise of exactly the shape of the mean."""
+    return checks.same_shape("noise(x)", checks.function("noise", noise, "noises(seed)")(mean), "x", mean)
+
+
+def _parts(name, functions):
     """A ModuleList, so that the parameters of networks are found; plain functions are wrapped."""
+    if not isinstance(functions, list | tuple | nn.ModuleList):
+        checks.fail(name, "be a list of networks or functions", checks.shown(functions), TypeError)
+    if not len(functions):
+        checks.fail(name, "have at least one entry", "none")
     for function in functions:
-        checks.function("encoders, decoders", function, "GaussianMLP(2, 1)")
+        if isinstance(checks.function(name, function, "GaussianMLP(2, 1)"), type):
+            checks.fail(name, "be networks or functions", f"the class {function.__name__}", TypeError)
     return nn.ModuleList(f if isinstance(f, nn.Module) else _Function(f) for f in functions)
 
 
@@ -509,8 +554,8 @@ def make_hvae(latents, shape=(1, 8, 8), width=128, depth=2, levels=None):
     levels : int or None
         As in `HVAE`.
     """
-    if not len(latents):
-        checks.fail("latents", "name at least one dimension", latents)
+    if not isinstance(latents, list | tuple) or not latents:
+        checks.fail("latents", "be a list of dimensions, such as [16, 8]", latents)
     sizes = [shape, *latents]
     encoders = [GaussianMLP(a, b, width, depth) for a, b in pairwise(sizes)]
     decoders = [GaussianMLP(b, a, width, depth) for a, b in pairwise(sizes)]

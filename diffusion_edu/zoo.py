@@ -31,7 +31,7 @@ from .nets.unet import UNet
 from .process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, terminal_kl, uniform_log_snr
 from .samplers import learned, make_ddpm_step, make_dpmpp_2m_step, noises, sample
 from .schedules import cosine_beta, linear_beta, quadratic_beta, sigmoid_beta
-from .training import Recipe, averaged, fit, fit_classifier, fit_vae, log_normal_times
+from .training import Recipe, averaged, dequantized, fit, fit_classifier, fit_vae, level_times, log_normal_times
 from .vae import HVAE, make_hvae
 
 BETAS = {"linear": linear_beta, "cosine": cosine_beta, "quadratic": quadratic_beta, "sigmoid": sigmoid_beta}
@@ -49,7 +49,8 @@ def hybrid(vlb_weight=1e-3, levels=None):
 
 NETS = {"UNet": UNet, "MLP": MLP, "Classifier": Classifier, "HVAE": make_hvae}
 PROCESSES = {"VPSDE": VPSDE, "SubVPSDE": SubVPSDE, "VESDE": VESDE, "VE": VE, "DiscreteVP": table}
-TIMES = {"log_normal_times": log_normal_times}
+TIMES = {"log_normal_times": log_normal_times, "level_times": level_times}
+AUGMENTS = {"dequantized": dequantized}
 LOSSES = {"hybrid_loss": hybrid}
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -66,7 +67,7 @@ class Config:
         ``kind`` (UNet, MLP, Classifier or HVAE) and its arguments.
     recipe : dict
         Arguments of `Recipe`; ``sample_t`` may be a table with ``kind = "log_normal_times"``, ``loss`` one with
-        ``kind = "hybrid_loss"``.
+        ``kind = "hybrid_loss"``, ``augment`` one with ``kind = "dequantized"``.
     process : dict or None
         ``kind`` and arguments of a process, for DiscreteVP the name of its ``beta``; None for a classifier or an HVAE.
     predicts : {"v", "eps", "x0", "score"}
@@ -96,6 +97,8 @@ class Config:
             table["sample_t"] = _make("recipe.sample_t", table["sample_t"], TIMES)
         if "loss" in table:
             table["loss"] = _make("recipe.loss", table["loss"], LOSSES)
+        if "augment" in table:
+            table["augment"] = _make("recipe.augment", table["augment"], AUGMENTS)
         return _call("recipe", Recipe, table)
 
     def make_model(self):
@@ -278,15 +281,18 @@ def evaluate(model, classifier=None):
 def bound_bits(step, model, x0, n_steps=1000, n_draws=16, seed=0):
     r"""Bits per dimension of the diffusion bound on digits of 17 grey levels, estimated at a few times for each digit.
 
-    .. math:: L \approx L_T + L_0 + \frac{n - 1}{K}\sum_{k=1}^K L_{t_k - 1}, \qquad t_k \text{ spread evenly over } 2..n
+    .. math:: L \approx L_T + L_0 + \frac1K\sum_{k=1}^K \frac{L_{t_k - 1}}{p_{t_k}}, \qquad
+              p_t \propto \log\frac{\mathrm{std}(t)}{\mathrm{std}(s)}
 
-    L_T is exact and L_0 is drawn for every digit; digit i's K times stand at equal distances from an offset of its own,
-    so that all the digits together see all the times.
+    L_T is exact and L_0 is drawn for every digit. The times t_k are drawn with the shares p that the terms of Gaussian
+    data of variance 1 would have, because the early steps cost most by far. Digit i's K draws stand at equal distances
+    from an offset of its own, so that all the digits together see all the times.
 
     Parameters
     ----------
     step : KernelStep
     model : Model
+        On a variance-preserving process.
     x0 : Tensor, shape (B, 1, 8, 8)
     n_steps : int
         Length n of the chain, ``process.grid(n_steps)``.
@@ -306,10 +312,11 @@ def bound_bits(step, model, x0, n_steps=1000, n_draws=16, seed=0):
     offset = offset[torch.randperm(len(x0), generator=generator)]
     nats = terminal_kl(process, x0).double()
     nats += bound_term(step, model, x0, times[-2], times[-1], noise(x0), levels=17)
+    log_std = process.marginal(times[:-1])[1].log()
+    share = (log_std[:-1] - log_std[1:]) / (log_std[0] - log_std[-1])  # of the steps above the last
     for k in range(n_draws if n_steps > 1 else 0):
-        i = ((n_steps - 1) * (k + offset) / n_draws).long()  # 0..n - 2: the steps above the last
-        term = bound_term(step, model, x0, times[i], times[i + 1], noise(x0), levels=17)
-        nats += (n_steps - 1) / n_draws * term
+        i = torch.searchsorted(share.cumsum(0), (k + offset) / n_draws).clamp(max=n_steps - 2)
+        nats += bound_term(step, model, x0, times[i], times[i + 1], noise(x0), levels=17) / (n_draws * share[i])
     return bits_per_dim(nats, x0[0].numel())
 
 

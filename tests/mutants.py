@@ -61,6 +61,111 @@ def _bindings(thing):
     return [(m, name) for m in modules for name, value in list(vars(m).items()) if value is thing]
 
 
+# Sections 1, 2 and grey levels
+
+
+@mutant(
+    "E001-01", "vae.reparameterize", "test_vae.py::test_reparameterised_noise_has_the_mean_and_the_covariance", "01"
+)
+def _(original):
+    """The capital Sigma is read as a sum: every latent gets the standard deviations of all, added."""
+    return lambda mean, sigma, eps: mean + sigma.sum(-1, keepdim=True) * eps
+
+
+@mutant(
+    "table-variance-for-sigma",
+    "vae.reparameterize",
+    "test_vae.py::test_reparameterised_noise_has_the_mean_and_the_covariance",
+    "01",
+)
+def _(original):
+    """Sigma, not its root, multiplies the noise."""
+    return lambda mean, sigma, eps: original(mean, sigma**2, eps)
+
+
+KL = "test_vae.py::test_the_divergence_to_the_prior_has_a_closed_form"
+
+
+@mutant("table-kl-half", "vae.kl_std_normal", KL, "01")
+def _(original):
+    """The factor 1/2 is lost."""
+    return lambda mean, sigma: 2 * original(mean, sigma)
+
+
+@mutant("table-kl-sign", "vae.kl_std_normal", KL, "01")
+def _(original):
+    """+ log sigma^2."""
+    return lambda mean, sigma: original(mean, sigma) + 2 * sigma.log().flatten(1).sum(1)
+
+
+@mutant(
+    "table-naive-swap",
+    "vae.score_function_gradient",
+    "test_vae.py::test_a_naive_swap_says_zero_and_the_score_function_says_two_phi",
+    "01",
+)
+def _(original):
+    """The gradient is put inside the expectation and nothing else is done: the samples do not know phi."""
+    return lambda f, mean, sigma, eps: tuple(0 * g for g in original(f, mean, sigma, eps))
+
+
+@mutant("E001-02", "vae.HVAE.log_joint", "test_vae.py::test_a_linear_chain_is_one_big_gaussian", "02")
+def _(original):
+    """The product has no range: from t = 1 on it counts p(x | z_1) a second time."""
+    from diffusion_edu.bits import log_likelihood
+
+    return lambda self, x, zs: original(self, x, zs) + log_likelihood(x, *self.decoders[0](zs[0]), self.levels)
+
+
+GREY = (
+    "test_bits.py::test_the_probabilities_of_all_levels_sum_to_one_whatever_mean_and_sigma "
+    "test_bits.py::test_a_level_has_the_mass_of_the_gaussian_on_its_bin"
+)
+
+
+def _log_bins(half, open_ends):
+    """discretized_log_prob with bins of another half-width, open or closed at the ends."""
+    import torch
+
+    def discretized_log_prob(x, mean, sigma, levels=256):
+        low, high = (torch.special.ndtr((x + sign * half(levels) - mean) / sigma) for sign in (-1, 1))
+        if open_ends:
+            low, high = low.where(x > -1, 0.0), high.where(x < 1, 1.0)
+        return (high - low).clamp_min(1e-300 if x.dtype == torch.float64 else 1e-37).log()
+
+    return discretized_log_prob
+
+
+@mutant("table-closed-bins", "bits.discretized_log_prob", GREY, "07")
+def _(original):
+    """The bins of the first and the last level end: what is beyond belongs to no level."""
+    return _log_bins(lambda levels: 1 / (levels - 1), open_ends=False)
+
+
+@mutant("table-bin-width", "bits.discretized_log_prob", GREY, "07")
+def _(original):
+    """A bin of half-width 1 / n."""
+    return _log_bins(lambda levels: 1 / levels, open_ends=True)
+
+
+BITS = (
+    "test_bits.py::test_a_uniform_guess_of_256_values_costs_eight_bits "
+    "test_bits.py::test_a_density_is_a_bins_width_away_from_a_probability"
+)
+
+
+@mutant("table-bpd-offset", "bits.bits_per_dim", BITS, "07")
+def _(original):
+    """A density is counted as if it were a probability: the bin's width is left out."""
+    return lambda nats, d, levels=None: original(nats, d)
+
+
+@mutant("table-bpd-nats", "bits.bits_per_dim", BITS, "07")
+def _(original):
+    """Nats are called bits: no division by ln 2."""
+    return lambda nats, d, levels=None: original(nats * math.log(2), d, levels)
+
+
 # Section 3
 
 
@@ -156,7 +261,7 @@ def _(original):
     "E002-02",
     "schedules.linear_beta",
     "test_schedules.py::test_linear_has_its_ends_and_constant_steps_and_destroys_the_data",
-    "04",
+    "05",
 )
 def _(original):
     """beta_T = 10^-2."""
@@ -204,8 +309,7 @@ def _(original):
     "E002-05",
     "schedules.cosine_beta",
     "test_schedules.py::test_cosine_alpha_bar_is_a_squared_cosine_until_the_clip",
-    "04",
-    "refusal",
+    "05",
 )
 def _(original):
     """The cosine schedule without its clip: beta_T = 1."""
@@ -226,14 +330,119 @@ def _(original):
 
 
 @mutant(
-    "E004-06",
-    "schedules.geometric_sigmas",
-    "test_schedules.py::test_geometric_sigmas_have_a_constant_ratio_and_end_in_zero",
-    "08",
+    "E002-16",
+    "schedules.sigmoid_beta",
+    "test_schedules.py::test_sigmoid_is_symmetric_and_does_not_reach_its_asymptotes",
+    "05",
 )
+def _(original):
+    """beta_1 and beta_T are taken for the first and the last beta."""
+
+    def sigmoid_beta(T=1000, beta_start=1e-4, beta_end=0.02, tau=6.0):
+        beta = original(T, beta_start, beta_end, tau)
+        rise = (beta[1:] - beta[1]) / (beta[T] - beta[1])
+        beta[1:] = beta_start + rise * (beta_end - beta_start)
+        return beta
+
+    return sigmoid_beta
+
+
+LOG_SNR = "test_schedules.py::test_the_cosine_log_snr_is_cos_squared_and_its_cut_ends_at_both_limits"
+
+
+@mutant("E004-19-cosine", "schedules.cosine_log_snr", LOG_SNR, "05")
+def _(original):
+    """logSNR(t), "which is the signal-to-noise ratio"."""
+    return lambda *args: original(*args).exp()
+
+
+@mutant(
+    "table-zero-snr",
+    "schedules.zero_terminal_snr",
+    "test_schedules.py::test_zero_terminal_snr_moves_the_signal_along_a_straight_line",
+    "05",
+)
+def _(original):
+    """Zero terminal SNR by shifting and scaling alpha_bar, not its root."""
+    from diffusion_edu.schedules import beta_from_alpha_bar
+
+    def zero_terminal_snr(beta):
+        alpha_bar = (1 - beta).cumprod(0)
+        first, last = alpha_bar[1].item(), alpha_bar[-1].item()
+        alpha_bar[1:] = first * (alpha_bar[1:] - last) / (first - last)
+        return beta_from_alpha_bar(alpha_bar, max_beta=1)
+
+    return zero_terminal_snr
+
+
+@mutant(
+    "E000-17b-respace",
+    "schedules.respace",
+    "test_schedules.py::test_respacing_keeps_alpha_bar_at_the_kept_steps",
+    "05",
+)
+def _(original):
+    """The kept steps keep their own beta_t."""
+    return lambda beta, times: beta[[0, *times.tolist()]]
+
+
+GEOMETRIC = "test_schedules.py::test_geometric_sigmas_have_a_constant_ratio_and_end_in_zero"
+
+
+@mutant("E004-05", "schedules.geometric_sigmas", GEOMETRIC, "05")
+def _(original):
+    """ "N distributions", sigma_0 to sigma_N: one level too many."""
+    return lambda n, *args, **kwargs: original(n + 1, *args, **kwargs)
+
+
+@mutant("E004-06", "schedules.geometric_sigmas", GEOMETRIC, "05")
 def _(original):
     """Noise levels in increasing order."""
     return lambda *args, **kwargs: original(*args, **kwargs).flip(0)
+
+
+# Section 9: parameterisations
+
+
+@mutant("table-v-sign", "prediction.Prediction.v", "test_prediction.py::test_velocity_is_a_rotation", "05")
+def _(original):
+    """The velocity points from the noise to the data."""
+    return property(lambda self: -original.fget(self))
+
+
+@mutant(
+    "table-v-as-eps",
+    "prediction.Prediction.from_v",
+    "test_prediction.py::test_every_view_gives_every_other",
+    "05",
+)
+def _(original):
+    """A network's v is read as the noise."""
+    from diffusion_edu.prediction import Prediction
+
+    return classmethod(lambda cls, *args: Prediction.from_eps(*args))
+
+
+@mutant("table-v-loss", "losses.loss_ratio", "test_losses.py::test_the_loss_ratio_is_the_ratio_of_losses", "05")
+def _(original):
+    """The weight of v is that of eps, SNR without the 1."""
+    return lambda process, t, target: original(process, t, "eps" if target == "v" else target)
+
+
+@mutant(
+    "table-min-snr",
+    "losses.min_snr_weight",
+    "test_losses.py::test_min_snr_weighs_the_error_of_x0_by_the_smaller_of_snr_and_gamma_whatever_the_target",
+    "05",
+)
+def _(original):
+    """Min-SNR with the larger of SNR and gamma."""
+    from diffusion_edu.losses import loss_ratio
+
+    def min_snr_weight(target="eps", gamma=5.0):
+        return lambda process, t: loss_ratio(process, t, "eps").clamp(min=gamma) / loss_ratio(process, t, target)
+
+    return min_snr_weight
 
 
 # Sections 6, 7 and 9: the reverse step
@@ -302,6 +511,177 @@ def _(original):
 def _(original):
     """A stride keeps the single step's alpha_t."""
     return lambda process, t, s: original(process, t, t - 1)
+
+
+# Section 8 and 12: the bound and learned variances
+
+
+TERMS = "test_elbo.py::test_the_generator_walks_the_times_with_fresh_noise_in_eval_mode"
+
+
+def _some_terms(keep):
+    """bound_terms that yields what ``keep`` makes of the list of its terms, L_T first and L_0 last."""
+    return lambda original: lambda *args, **kwargs: iter(keep(list(original(*args, **kwargs))))
+
+
+@mutant("E000-03", "elbo.bound_terms", TERMS, "02")
+def _(original):
+    """t = 1..T-1: the term of t = T is missing (the infinite one of t = 1 is left out here)."""
+    return _some_terms(lambda terms: terms[:1] + terms[2:])(original)
+
+
+@mutant("E000-40", "elbo.bound_terms", TERMS, "02")
+def _(original):
+    """ "L_ELBO" with the sign of the ELBO: a lower bound on log p in the place of an upper bound on -log p."""
+    return _some_terms(lambda terms: [-term for term in terms])(original)
+
+
+@mutant("E004-12", "elbo.bound_terms", TERMS, "02")
+def _(original):
+    """Only the sum over t > 1: L_T and L_0 are dropped."""
+    return _some_terms(lambda terms: terms[1:-1])(original)
+
+
+@mutant(
+    "table-L_0-constant", "elbo.bound_term", "test_elbo.py::test_the_last_term_is_a_density_with_its_constant", "02"
+)
+def _(original):
+    """L_0 as a squared error, without log sqrt(2 pi sigma^2)."""
+    from diffusion_edu.process import q_sample
+
+    def bound_term(step, model, x0, t, s, eps, levels=None, **cond):
+        term = original(step, model, x0, t, s, eps, levels, **cond)
+        if levels is not None or cond:
+            return term
+        mean, sigma = step.kernel(model, q_sample(model.process, x0, t, eps), t, s)
+        constant = (2 * math.pi * sigma**2).log().expand_as(mean).flatten(1).sum(1) / 2
+        return term - constant * (s == 0)
+
+    return bound_term
+
+
+FORM_1 = (
+    "test_elbo.py::test_the_log_ratio_of_the_exact_reverse_is_the_log_density_on_every_trajectory"
+    " test_elbo.py::test_both_forms_have_the_same_mean_for_any_affine_model"
+)
+
+
+@mutant("E001-03", "elbo.log_ratio_bound", FORM_1, "02")
+def _(original):
+    """KL(q(x_T | x_{T-1}) || p(x_T)) over q(x_{T-1} | x_T), that of N(0, I) data, in the place of q(x_{T-1} | x_0)."""
+    from diffusion_edu.gaussian import normal_log_prob
+    from diffusion_edu.process import jump
+
+    def log_ratio_bound(step, model, path, times):
+        scale, var = (c ** (k + 1) for k, c in enumerate(jump(model.process, times[0], times[1])))
+        right = normal_log_prob(path[0], scale * path[1], var) - normal_log_prob(path[0], 0.0, 1.0)
+        squares = scale**2 * ((scale * path[0]) ** 2 + var)  # of the mean of x_T given that x_{T-1}
+        kl = ((var + squares - 1 - var.log()) / 2).flatten(1).sum(1)
+        return original(step, model, path, times) - right + kl
+
+    return log_ratio_bound
+
+
+@mutant("E001-04", "elbo.log_ratio_bound", FORM_1, "02")
+def _(original):
+    """KL(q(x_t | x_{t-1}) || p(x_t | x_{t+1})) inside the first form."""
+    from diffusion_edu.gaussian import normal_kl, normal_log_prob
+    from diffusion_edu.process import jump
+
+    def log_ratio_bound(step, model, path, times):
+        mean, sigma = step.kernel(model, path[-2], times[-2], times[-1])
+        nats, above = -normal_log_prob(path[-1], mean, sigma**2), (0 * path[0], 0 * path[0] + 1)  # p(x_T)
+        for i in range(len(times) - 1):
+            scale, std = jump(model.process, times[i], times[i + 1])
+            nats = nats + normal_kl(scale * path[i + 1], std**2, above[0], above[1] ** 2).flatten(1).sum(1)
+            above = step.kernel(model, path[i], times[i], times[i + 1])
+        return nats
+
+    return log_ratio_bound
+
+
+@mutant("E000-08", "losses.elbo_weight", "test_elbo.py::test_the_weight_of_eps_has_alpha_and_not_alpha_bar", "02")
+def _(original):
+    """alpha_bar_t for alpha_t in the weight of eps."""
+
+    def elbo_weight(target="eps", variance="beta_tilde"):
+        weight = original(target, variance)
+        if target != "eps":
+            return weight
+        return lambda process, t: weight(process, t) * process.alpha[t] / process.alpha_bar[t]
+
+    return elbo_weight
+
+
+HYBRID = "test_elbo.py::test_the_hybrid_loss_is_the_simple_one_and_a_share_of_the_whole_bound_from_one_call"
+
+
+@mutant("E001-10-factor", "elbo.hybrid_loss", HYBRID, "07")
+def _(original):
+    """The mean over random t in the place of the sum: the factor T is dropped."""
+
+    def hybrid_loss(model, x0, t, eps, vlb_weight=1e-3, levels=None, **cond):
+        return original(model, x0, t, eps, vlb_weight / model.process.T, levels, **cond)
+
+    return hybrid_loss
+
+
+@mutant(
+    "table-hybrid-gradient",
+    "elbo.hybrid_loss",
+    "test_elbo.py::test_the_bound_in_the_hybrid_loss_does_not_touch_the_mean_and_moves_the_variance",
+    "07",
+)
+def _(original):
+    """The bound trains the mean, too: no stop-gradient."""
+    from diffusion_edu.elbo import bound_term
+    from diffusion_edu.losses import denoising_loss
+    from diffusion_edu.samplers import learned, make_ddpm_step
+
+    def hybrid_loss(model, x0, t, eps, vlb_weight=1e-3, levels=None, **cond):
+        vlb = bound_term(make_ddpm_step(learned), model, x0, t, t - 1, eps, levels, **cond)
+        return denoising_loss(model, x0, t, eps, **cond) + vlb_weight * model.process.T * vlb / x0[0].numel()
+
+    return hybrid_loss
+
+
+@mutant(
+    "table-importance-weight",
+    "elbo.ImportanceTimes.draw",
+    "test_elbo.py::test_important_times_are_drawn_more_often_and_weigh_less_so_that_the_mean_stays",
+    "07",
+)
+def _(original):
+    """Times drawn by importance, weighted as if they were uniform."""
+
+    def draw(self, n, generator=None):
+        t, weight = original(self, n, generator)
+        return t, 0 * weight + self.T
+
+    return draw
+
+
+INTERP = "test_elbo.py::test_the_best_variance_of_gaussian_data_lies_between_beta_tilde_and_beta_at_every_step"
+
+
+@mutant("table-beta-tilde-clip", "samplers.beta_tilde", INTERP, "07")
+def _(original):
+    """beta-tilde is 0 at the last step: there the density of x_0 is infinite, or its bound."""
+    from diffusion_edu.process import posterior
+
+    return lambda pred, process, t, s: posterior(process, pred.x0, pred.x_t, t, s)[1] ** 2
+
+
+@mutant("table-learned-linear", "samplers.learned", INTERP, "07")
+def _(original):
+    """The variance lies between beta-tilde and beta on a linear scale."""
+    from diffusion_edu.samplers import beta, beta_tilde
+
+    def learned(pred, process, t, s):
+        low, high = beta_tilde(pred, process, t, s), beta(pred, process, t, s)
+        return pred.frac * high + (1 - pred.frac) * low
+
+    return learned
 
 
 # Section 10: the model of 2015

@@ -4,6 +4,7 @@ The contract of every refusal: a TypeError for a wrong kind of thing, a ValueErr
 ``<argument> must <rule>; got <what was given>``.
 """
 
+import math
 import re
 import warnings
 
@@ -12,15 +13,27 @@ import pytest
 import torch
 from exact import close, randn, times
 
+from diffusion_edu.bits import bits_per_dim, dequantize, discretized_log_prob, grey_levels
 from diffusion_edu.denoiser import Denoiser, EDMDenoiser
+from diffusion_edu.elbo import (
+    ImportanceTimes,
+    bound_term,
+    bound_terms,
+    continuous_term,
+    entropy_bound,
+    hybrid_loss,
+    log_ratio_bound,
+    noising_path,
+)
 from diffusion_edu.guidance import (
     classifier,
     classifier_free,
     dynamic_threshold,
     static_threshold,
 )
-from diffusion_edu.losses import denoising_loss
+from diffusion_edu.losses import denoising_loss, elbo_weight, loss_ratio, min_snr_weight
 from diffusion_edu.metrics import frechet_distance
+from diffusion_edu.nets.autoencoder import GaussianMLP
 from diffusion_edu.nets.mlp import MLP
 from diffusion_edu.nets.unet import UNet
 from diffusion_edu.oracles import DatasetOracle, GaussianMixtureOracle, GaussianOracle
@@ -53,7 +66,9 @@ from diffusion_edu.samplers import (
 from diffusion_edu.samplers import learned as learned_variance
 from diffusion_edu.schedules import (
     beta_from_alpha_bar,
+    beta_from_log_snr,
     cosine_beta,
+    cosine_log_snr,
     geometric_sigmas,
     karras_sigmas,
     linear_beta,
@@ -61,8 +76,24 @@ from diffusion_edu.schedules import (
     respace,
     sigmoid_beta,
     swiss_beta,
+    zero_terminal_snr,
 )
-from diffusion_edu.training import Recipe, averaged, fit
+from diffusion_edu.training import Recipe, averaged, fit, fit_vae
+from diffusion_edu.vae import (
+    HVAE,
+    VAE,
+    LinearVAE,
+    diffusion_as_hvae,
+    expectation_normal,
+    gaussian_kl,
+    importance_bound,
+    kl_std_normal,
+    make_hvae,
+    pathwise_gradient,
+    reparameterize,
+    score_function_gradient,
+    vae_elbo,
+)
 
 TABLE = DiscreteVP(linear_beta(1000))
 ORACLE = GaussianOracle(TABLE, 0.4, 0.25)
@@ -188,6 +219,19 @@ PARAMETERS = [
     refuse(39, "max_beta", lambda: cosine_beta(10, max_beta=1.5), "max_beta", "1.5"),
     refuse(39, "alpha_bar", lambda: beta_from_alpha_bar(torch.tensor([1.0, 0.5, 0.6])), "alpha_bar", "0.6"),
     refuse(39, "alpha_bar-0", lambda: beta_from_alpha_bar(torch.tensor([0.9, 0.5])), "alpha_bar", "(2,)"),
+    *(
+        refuse(39, f"log-snr-{name}", lambda v=values: beta_from_log_snr(torch.tensor(v)), "log_snr", got)
+        for name, values, got in (
+            ("rising", [1.0, 2.0], "[1.0, 2.0]"),
+            ("nan", [2.0, NAN], "nan"),
+            ("inf", [math.inf, 0.0], "inf"),
+            ("none", [], "(0,)"),
+            ("matrix", [[1.0], [0.0]], "(2, 1)"),
+        )
+    ),
+    refuse(39, "log-snr-int", lambda: beta_from_log_snr(torch.tensor([1, 0])), "log_snr", "torch.int64", TypeError),
+    refuse(39, "zero-snr-T=1", lambda: zero_terminal_snr(torch.tensor([0, 0.5])), "beta", "T = 1"),
+    refuse(39, "zero-snr-list", lambda: zero_terminal_snr([0, 0.1, 0.2]), "beta", "list", TypeError),
     refuse(39, "sde", lambda: VPSDE(beta_min=-0.1), "beta_min", "-0.1"),
     refuse(40, "beta_start<0", lambda: quadratic_beta(10, beta_start=-0.1), "beta_start, beta_end", "-0.1"),
     refuse(40, "nan", lambda: sigmoid_beta(10, beta_start=NAN), "beta_start", "nan"),
@@ -196,6 +240,10 @@ PARAMETERS = [
     refuse(41, "sde", lambda: VPSDE(20.0, 0.1), "beta_max", "0.1"),
     refuse(45, "predicts", lambda: Denoiser(MLP(), TABLE, predicts="epsilon"), "predicts", "'epsilon'"),
     refuse(45, "target", lambda: denoising_loss(ORACLE, POINTS, times(1, 2), POINTS, "noise"), "target", "'noise'"),
+    refuse(45, "ratio", lambda: loss_ratio(TABLE, times(5), "velocity"), "target", "'velocity'"),
+    refuse(45, "min-snr", lambda: min_snr_weight("noise"), "target", "'noise'"),
+    refuse(45, "elbo", lambda: elbo_weight("noise"), "target", "'noise'"),
+    refuse(45, "elbo-variance", lambda: elbo_weight(variance="learned"), "variance", "'learned'"),
     refuse(46, "variance", lambda: make_ddpm_step("fixed_large"), "variance", "'fixed_large'", TypeError),
     refuse(46, "spacing", lambda: TABLE.grid(10, "quadratic"), "spacing", "'quadratic'", TypeError),
     refuse(46, "step", run("ddim"), "step", "'ddim'", TypeError),
@@ -204,6 +252,8 @@ PARAMETERS = [
     refuse(46, "guided", lambda: guided_mean(lambda *a: 0, print, 1.0), "step", "function", TypeError),
     refuse(47, "t=T+1", noise_at(times(1001)), "t", "1001"),
     refuse(47, "sde", lambda: VPSDE().marginal(torch.tensor(1.5)), "t", "1.5"),
+    refuse(47, "cosine", lambda: cosine_log_snr(torch.tensor([0.5, 1.5])), "t", "1.5 at index 1"),
+    refuse(47, "elbo-weight-0", lambda: elbo_weight()(TABLE, times(0)), "t", "0"),
     refuse(47, "jump", lambda: jump(TABLE, times(1001), times(3)), "t", "1001"),
     refuse(47, "s", lambda: posterior(TABLE, POINTS, POINTS, times(5), times(-2)), "s", "-2"),
     refuse(48, "t=-1", noise_at(times(-1)), "t", "-1"),
@@ -255,6 +305,9 @@ PARAMETERS = [
     refuse(57, "sigma_min", lambda: karras_sigmas(5, sigma_min=0), "sigma_min", "0"),
     refuse(57, "vesde", lambda: VESDE(0.0, 1.0), "sigma_min", "0"),
     refuse(57, "ve", lambda: VE(-1.0), "T", "-1"),
+    refuse(57, "cut", lambda: cosine_log_snr(torch.tensor(0.5), 5.0, 5.0), "low, high", "(5.0, 5.0)"),
+    refuse(57, "cut-nan", lambda: cosine_log_snr(torch.tensor(0.5), NAN, 5.0), "low, high", "(nan, 5.0)"),
+    *(refuse(57, f"min-snr-{g}", lambda g=g: min_snr_weight(gamma=g), "gamma", str(g)) for g in (0, -1.0, NAN)),
     refuse(57, "gamma", lambda: churn(ddim_step, -0.1), "gamma", "-0.1"),
     refuse(57, "r", lambda: make_langevin_step(r=0), "r", "0"),
     refuse(57, "sigma_data", lambda: EDMDenoiser(MLP(), TABLE, sigma_data=0), "sigma_data", "0"),
@@ -282,7 +335,167 @@ PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize("call, argument, got, kind", SHAPES + KINDS + PARAMETERS)
+def half(x):
+    """An encoder or decoder: N(x / 2, 1)."""
+    return x / 2, torch.ones_like(x)
+
+
+TINY, LINEAR = VAE(half, half), LinearVAE(randn(3, 2), randn(3), 1.0)
+STEP = make_ddpm_step()
+GREY = grey_levels(17)[:4].reshape(2, 2)
+FRAC = Denoiser(channels(4), TABLE, learned_variance=True)
+
+
+def elbo_of(model=TINY, noise=None, bound=vae_elbo, **options):
+    noise = noises(0) if noise is None else noise
+    return lambda: bound(model, POINTS, noise, **options)
+
+
+def term(step=STEP, x0=POINTS, t=5, s=4, eps=POINTS, **options):
+    t, s = (v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in (t, s))
+    return lambda: bound_term(step, ORACLE, x0, t, s, eps, **options)
+
+
+def terms(grid, bound=None):
+    grid = torch.tensor(grid) if isinstance(grid, tuple) else grid
+    return (lambda: bound(grid)) if bound else lambda: list(bound_terms(STEP, ORACLE, POINTS, grid, noises(0)))
+
+
+def in_bins(x=GREY, mean=0.0, sigma=1.0, levels=17):
+    return lambda: discretized_log_prob(x, mean, sigma, levels)
+
+
+LATENTS = [
+    refuse(1, "mean", lambda: reparameterize(randn(3, 2), 1.0, POINTS), "mean", "(3, 2)"),
+    refuse(4, "shared-eps", lambda: reparameterize(POINTS, POINTS, POINTS[:1]), "mean", "(2, 2)"),
+    refuse(4, "sigma", lambda: reparameterize(0.0, randn(2, 2, 2), POINTS), "sigma", "(2, 2, 2)"),
+    refuse(4, "encoder", elbo_of(noise=lambda z: z[:1]), "noise(x)", "(1, 2)"),
+    refuse(4, "hvae", lambda: TINY.elbo(POINTS, lambda z: z[:, :1]), "noise(x)", "(2, 1)"),
+    refuse(4, "kl", lambda: kl_std_normal(POINTS, POINTS[:1].exp()), "sigma", "(1, 2)"),
+    refuse(4, "quadrature", lambda: expectation_normal(torch.cos, POINTS, POINTS[0]), "sigma", "(2,)"),
+    refuse(5, "decoder", elbo_of(VAE(half, lambda z: half(randn(2, 3)))), "mean", "(2, 3)"),
+    *(
+        refuse(5, f"f-{g.__name__}", lambda g=g: g(torch.square, POINTS[0], POINTS[1].exp(), POINTS), "f(z)", "(2, 2)")
+        for g in (pathwise_gradient, score_function_gradient)
+    ),
+    refuse(5, "W", lambda: LinearVAE(randn(3, 2), randn(2), 1.0), "W, b", "(3, 2), (2,)"),
+    refuse(5, "one-mean", lambda: gaussian_kl(randn(2), torch.eye(2)), "mean1", "(2,)"),
+    refuse(5, "latents", lambda: TINY.log_joint(POINTS, [POINTS, POINTS]), "zs", "2"),
+    *(
+        refuse(9, f"linear-{name}", lambda name=name: getattr(LINEAR, name)(randn(4, 2)), "x", "(4, 2)")
+        for name in ("posterior", "log_prob")
+    ),
+    refuse(9, "linear-elbo", lambda: LINEAR.elbo(randn(4, 2), randn(4, 2), torch.eye(2).double()), "mean", "(4, 3)"),
+    refuse(9, "gaussian-mlp", lambda: GaussianMLP(3, 1)(POINTS.float()), "x", "(2, 2)"),
+    refuse(9, "flat", lambda: GaussianMLP((1, 8, 8), 1)(randn(2, 64).float()), "x", "(2, 64)"),
+    refuse(17, "eps", lambda: reparameterize(POINTS, POINTS, POINTS.long()), "eps", "torch.int64", TypeError),
+    refuse(17, "kl-mean", lambda: kl_std_normal(POINTS.long(), POINTS), "mean", "torch.int64", TypeError),
+    refuse(17, "W-list", lambda: LinearVAE([[1.0]], randn(1), 1.0), "W", "list", TypeError),
+    refuse(17, "encoder-int", lambda: GaussianMLP(2, 1)(POINTS.long()), "x", "torch.int64", TypeError),
+    refuse(17, "encoder-numpy", lambda: GaussianMLP(2, 1)(np.zeros((2, 2))), "x", "ndarray", TypeError),
+    refuse(19, "encoder-float64", lambda: GaussianMLP(2, 1)(POINTS), "x", "torch.float64", TypeError),
+    refuse(36, "shape=2.5", lambda: GaussianMLP(2, 2.5), "out_shape", "2.5", TypeError),
+    refuse(36, "text", lambda: GaussianMLP("2", 1), "in_shape", "'2'", TypeError),
+    refuse(36, "levels=2.5", lambda: VAE(half, half, 2.5), "levels", "2.5", TypeError),
+    refuse(36, "n_draws=1.5", elbo_of(n_draws=1.5), "n_draws", "1.5", TypeError),
+    refuse(45, "sigma", lambda: GaussianMLP(2, 1, sigma="both"), "sigma", "'both'"),
+    refuse(46, "noise-tensor", elbo_of(noise=POINTS), "noise", "a tensor of shape (2, 2)", TypeError),
+    refuse(46, "iwae-noise", elbo_of(noise=7, bound=importance_bound, n_draws=2), "noise", "7", TypeError),
+    refuse(46, "f", lambda: pathwise_gradient(7, POINTS[0], POINTS[1], POINTS), "f", "7", TypeError),
+    refuse(46, "not-a-vae", elbo_of(HVAE([half] * 2, [half] * 2)), "vae", "HVAE", TypeError),
+    refuse(46, "not-a-list", lambda: HVAE(half, half), "encoders", "function", TypeError),
+    refuse(46, "not-functions", lambda: HVAE([half], [3]), "decoders", "3", TypeError),
+    refuse(46, "a-class", lambda: VAE(GaussianMLP, half), "encoders", "the class GaussianMLP", TypeError),
+    refuse(
+        46, "no-kernel", lambda: diffusion_as_hvae(heun_step, ORACLE, TABLE.grid(2)), "step", "heun_step", TypeError
+    ),
+    refuse(
+        46,
+        "no-variance",
+        lambda: diffusion_as_hvae(ddim_step, ORACLE, TABLE.grid(2)).elbo(POINTS, noises(0)),
+        "step",
+        "a deterministic step",
+    ),
+    refuse(50, "no-levels", lambda: HVAE([], []), "encoders", "none"),
+    refuse(50, "unequal", lambda: HVAE([half, half], [half]), "encoders, decoders", "2 encoders, 1 decoders"),
+    refuse(50, "n_draws=0", elbo_of(n_draws=0), "n_draws", "0"),
+    refuse(50, "iwae", elbo_of(bound=importance_bound, n_draws=0), "n_draws", "0"),
+    refuse(50, "nodes", lambda: expectation_normal(torch.cos, POINTS, POINTS, 0), "n", "0"),
+    refuse(50, "too-many-nodes", lambda: expectation_normal(torch.cos, POINTS, POINTS, 1000), "n", "1000"),
+    refuse(50, "empty-shape", lambda: GaussianMLP((), 1), "in_shape", "0"),
+    refuse(50, "shape-0", lambda: GaussianMLP(2, (3, 0)), "out_shape", "0"),
+    refuse(50, "width", lambda: GaussianMLP(2, 1, width=0), "width", "0"),
+    refuse(50, "depth", lambda: GaussianMLP(2, 1, depth=-1), "depth", "-1"),
+    refuse(50, "no-latents", lambda: make_hvae([]), "latents", "[]"),
+    refuse(50, "latents=16", lambda: make_hvae(16), "latents", "16"),
+    refuse(50, "levels=1", lambda: make_hvae([2], levels=1), "levels", "1"),
+    refuse(54, "not-to-0", lambda: diffusion_as_hvae(STEP, ORACLE, times(1000, 1)), "times", "1000 to 1"),
+    refuse(54, "not-from-T", lambda: diffusion_as_hvae(STEP, ORACLE, times(5, 0)), "times", "5 to 0"),
+    refuse(54, "upward", lambda: diffusion_as_hvae(STEP, ORACLE, times(0, 1000)), "times", "[0, 1000]"),
+    *(refuse(57, f"beta={b}", elbo_of(beta=b), "beta", str(b)) for b in (-1.0, NAN)),
+    *(refuse(57, f"kl-{s}", lambda s=s: kl_std_normal(POINTS, 0 * POINTS + s), "sigma", str(s)) for s in (0, -1, NAN)),
+    *(refuse(57, f"start-{s}", lambda s=s: GaussianMLP(2, 1, sigma_start=s), "sigma_start", str(s)) for s in (0, -1.0)),
+    refuse(57, "var", lambda: LinearVAE(randn(3, 2), randn(3), 0), "var", "0"),
+    refuse(
+        57, "beta-hvae", lambda: next(fit_vae(HVAE([half] * 2, [half] * 2), POINTS, Recipe(1), beta=2)), "beta", "2"
+    ),
+    # grey levels
+    refuse(4, "bin-mean", in_bins(mean=randn(3, 2)), "mean", "(3, 2)"),
+    refuse(4, "bin-sigma", in_bins(sigma=randn(2, 2, 1).exp()), "sigma", "(2, 2, 1)"),
+    refuse(4, "u", lambda: dequantize(GREY, 17, GREY[:1].abs()), "u", "(1, 2)"),
+    refuse(17, "bytes-in-bins", in_bins(torch.zeros(2, 2).byte()), "x", "torch.uint8", TypeError),
+    *(refuse(18, f"grey-{v}", in_bins(GREY * 0 + v), "x", f"{v:g}") for v in (0.3, 1.125, 255.0, NAN)),
+    refuse(18, "dequantised-twice", lambda: dequantize(GREY + 0.01, 17, GREY.abs()), "x", "-0.99"),
+    refuse(18, "normal-noise", lambda: dequantize(GREY, 17, torch.tensor([[0.1, 1.7], [-2.0, 0]])), "u", "-2 to 1.7"),
+    refuse(36, "d=2.0", lambda: bits_per_dim(1.0, 2.0), "d", "2.0", TypeError),
+    refuse(36, "grey=2.5", lambda: grey_levels(2.5), "levels", "2.5", TypeError),
+    *(
+        refuse(50, f"one-level-{i}", call, "levels", "1")
+        for i, call in enumerate(
+            (
+                in_bins(levels=1),
+                lambda: grey_levels(1),
+                lambda: bits_per_dim(1.0, 1, 1),
+                lambda: dequantize(GREY, 1, GREY),
+            )
+        )
+    ),
+    refuse(50, "d=0", lambda: bits_per_dim(1.0, 0), "d", "0"),
+    *(refuse(57, f"bin-sigma-{s}", in_bins(sigma=s), "sigma", str(s)) for s in (0, -1.0, NAN)),
+    *(refuse(57, f"bin-sigmas-{s}", in_bins(sigma=GREY * 0 + s), "sigma", str(s)) for s in (0, -1, NAN)),
+    # the bound
+    refuse(1, "term", term(t=times(5, 4, 3)), "t", "(3,)"),
+    refuse(1, "log-snr", lambda: continuous_term(ORACLE, POINTS, randn(3), POINTS), "log_snr", "(3,)"),
+    refuse(4, "term-eps", term(eps=POINTS[:1]), "eps", "(1, 2)"),
+    refuse(5, "path", lambda: log_ratio_bound(STEP, ORACLE, [POINTS] * 2, TABLE.grid(2)), "path", "2"),
+    refuse(5, "kl-terms", lambda: entropy_bound(randn(3), TABLE, 2), "kl_terms", "3"),
+    refuse(5, "losses", lambda: ImportanceTimes(9).update(times(1, 2), randn(3)), "losses", "(3,)"),
+    refuse(7, "hybrid", lambda: hybrid_loss(ORACLE, POINTS, times(1, 2), POINTS), "model", "one that does not"),
+    refuse(15, "term-float-t", term(t=5.0, s=4.0), "t", "torch.float32", TypeError),
+    refuse(15, "hybrid-t", lambda: hybrid_loss(ORACLE, POINTS, POINTS[0], POINTS), "t", "torch.float64", TypeError),
+    refuse(17, "term-bytes", term(x0=POINTS.long()), "x0", "torch.int64", TypeError),
+    refuse(18, "term-not-grey", term(s=0, levels=17), "x", f"{POINTS[0, 0]:g}"),
+    refuse(46, "term-step", term(heun_step), "step", "heun_step", TypeError),
+    refuse(46, "term-make", term(make_ddpm_step), "step", "make_ddpm_step", TypeError),
+    refuse(46, "term-ddim", term(ddim_step), "step", "a deterministic step"),
+    refuse(47, "term-t", term(t=1001), "t", "1001"),
+    refuse(48, "hybrid-0", lambda: hybrid_loss(ORACLE, POINTS, times(0, 2), POINTS), "t", "0"),
+    refuse(48, "seen-0", lambda: ImportanceTimes(9).update(times(0, 2), randn(2)), "t", "0"),
+    refuse(49, "seen-10", lambda: ImportanceTimes(9).update(times(1, 10), randn(2)), "t", "10 at index 1"),
+    *(refuse(50, f"importance-{T}", lambda T=T: ImportanceTimes(T), "T", str(T)) for T in (0, -3)),
+    refuse(50, "history", lambda: ImportanceTimes(9, history=0), "history", "0"),
+    refuse(50, "draw", lambda: ImportanceTimes(9).draw(0), "n", "0"),
+    refuse(54, "bound-not-from-T", terms((5, 3, 0)), "times", "5 to 0"),
+    refuse(54, "bound-not-to-0", terms((1000, 3)), "times", "1000 to 3"),
+    refuse(54, "bound-list", terms([1000, 0]), "times", "list", TypeError),
+    refuse(54, "ratio", terms((5, 0), lambda g: log_ratio_bound(STEP, ORACLE, [POINTS] * 2, g)), "times", "5 to 0"),
+    refuse(54, "path-upward", terms((0, 5), lambda g: noising_path(TABLE, POINTS, g, noises(0))), "times", "[0, 5]"),
+    refuse(57, "vlb-weight", lambda: hybrid_loss(FRAC, POINTS, times(1, 2), POINTS, -1.0), "vlb_weight", "-1.0"),
+    refuse(58, "term-s", term(s=5), "s", "s = 5, t = 5"),
+]
+
+
+@pytest.mark.parametrize("call, argument, got, kind", SHAPES + KINDS + PARAMETERS + LATENTS)
 @pytest.mark.filterwarnings("ignore:alpha_bar")
 def test_refused(call, argument, got, kind):
     with pytest.raises(kind, match=rf"^{re.escape(argument)} must [^;]+.*; got [^\n]*{re.escape(got)}") as caught:

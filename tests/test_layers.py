@@ -16,7 +16,7 @@ FLOORS = [
     "schedules gaussian bits data tokenizer",
     "process prediction nets",
     "denoiser oracles kernel_model",
-    "losses samplers guidance metrics vae",
+    "losses samplers guidance metrics vae score_matching",
     "training checkpoint zoo elbo likelihood distill cascade latent unclip editing",
     "viz widgets teach exercises labs notebooks equations demo cli",
 ]

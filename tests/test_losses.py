@@ -1,15 +1,17 @@
 """L_simple and its relatives, by quadrature instead of training."""
 
+import math
+
 import pytest
 import torch
 from exact import DATA, F64, close, gauss_hermite, randn, times
 
 from diffusion_edu.denoiser import Denoiser
-from diffusion_edu.losses import denoising_loss
+from diffusion_edu.losses import TARGETS, denoising_loss, loss_ratio, min_snr_weight
 from diffusion_edu.oracles import GaussianOracle
-from diffusion_edu.process import VPSDE, DiscreteVP
+from diffusion_edu.process import VE, VPSDE, DiscreteVP, SubVPSDE
 from diffusion_edu.samplers import noises
-from diffusion_edu.schedules import linear_beta
+from diffusion_edu.schedules import linear_beta, zero_terminal_snr
 
 
 class Line(torch.nn.Module):
@@ -100,6 +102,44 @@ def test_targets_differ_by_weights_and_weights_multiply():
     close(loss["score"] / (loss["eps"] / (1 - process.alpha_bar[t])), torch.ones(4), 1e-11)
     weighted = denoising_loss(model, x0, t, eps, weight=lambda process, t: process.log_snr(t).exp())
     close(weighted, snr * loss["eps"], 1e-13)
+
+
+@pytest.mark.equation("param.loss_ratio")
+@pytest.mark.parametrize(
+    "process", [DiscreteVP(linear_beta(1000)), VPSDE(), SubVPSDE(), VE()], ids=lambda p: type(p).__name__
+)
+def test_the_loss_ratio_is_the_ratio_of_losses(process):
+    t = times(1, 50, 300, 999) if process.discrete else process.T * torch.tensor([0.01, 0.1, 0.5, 0.99], dtype=F64)
+    model, x0, eps = GaussianOracle(process, *DATA), randn(4, 2), randn(4, 2, seed=1)
+    loss = {target: denoising_loss(model, x0, t, eps, target) for target in TARGETS}
+    for target in TARGETS:
+        close(loss[target] / (loss_ratio(process, t, target) * loss["x0"]), torch.ones(4), 1e-11)
+    scale, std = process.marginal(t)
+    close(loss_ratio(process, t, "eps").log(), 2 * (scale.log() - std.log()), 1e-12)
+    close(loss_ratio(process, t, "v") / (1 + (scale / std) ** 2), torch.ones(4), 1e-14)
+    close(loss_ratio(process, t, "score") * (std**2 / scale) ** 2, torch.ones(4), 1e-14)
+
+
+@pytest.mark.parametrize("gamma", [5.0, 0.3])
+def test_min_snr_weighs_the_error_of_x0_by_the_smaller_of_snr_and_gamma_whatever_the_target(gamma):
+    process = DiscreteVP(linear_beta(1000))
+    model, x0, eps, t = GaussianOracle(process, *DATA), randn(4, 2), randn(4, 2, seed=1), times(3, 150, 300, 800)
+    cut = torch.tensor([min(a / (1 - a), gamma) for a in process.alpha_bar[t].tolist()], dtype=F64)
+    assert (cut == gamma).any() and (cut < gamma).any()
+    in_x0 = denoising_loss(model, x0, t, eps, "x0")
+    for target in TARGETS:
+        weighted = denoising_loss(model, x0, t, eps, target, weight=min_snr_weight(target, gamma))
+        close(weighted / (cut * in_x0), torch.ones(4), 1e-11)
+    plain = denoising_loss(model, x0, t, eps, weight=min_snr_weight(gamma=math.inf))
+    close(plain, denoising_loss(model, x0, t, eps), 1e-13)  # L_simple
+
+
+def test_without_signal_min_snr_has_its_limit_and_no_target_gets_nan():
+    process = DiscreteVP(zero_terminal_snr(linear_beta(1000)))
+    at = lambda target, t: min_snr_weight(target)(process, times(t)).item()
+    assert [at(target, 1000) for target in TARGETS] == [1, 0, 0, 1]
+    for target in ("eps", "score"):
+        close(at(target, 999), at(target, 1000), 1e-4)  # what is left of the signal there
 
 
 @pytest.mark.equation("ddpm.train_code")

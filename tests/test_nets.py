@@ -7,6 +7,7 @@ import torch
 
 from diffusion_edu.denoiser import Denoiser
 from diffusion_edu.losses import denoising_loss
+from diffusion_edu.nets.autoencoder import GaussianMLP
 from diffusion_edu.nets.classifier import Classifier
 from diffusion_edu.nets.layers import (
     AdaGroupNorm,
@@ -295,3 +296,49 @@ def test_classifier_learns_two_kinds_of_images():
     assert net.features(x).shape == (64, 16)
     with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\)"):
         net(x[:, :, :6])
+
+
+# Encoders and decoders
+
+
+@pytest.mark.equation("vae.encoder")
+def test_a_gaussian_mlp_is_its_formula_and_starts_at_the_prior():
+    x = randn(3, 1, 4, 4)
+    net = GaussianMLP((1, 4, 4), (2, 3), width=8, depth=2)
+    mean, sigma = net.double()(x)
+    assert torch.equal(mean, torch.zeros(3, 2, 3, dtype=F64)) and torch.equal(sigma, torch.ones(3, 2, 3, dtype=F64))
+    randomised(net)
+    h = x.flatten(1)
+    for layer in (net.body[1], net.body[3]):
+        h = torch.nn.functional.silu(h @ layer.weight.T + layer.bias)
+    out = h @ net.last.weight.T + net.last.bias
+    mean, sigma = net(x)
+    torch.testing.assert_close(mean, out[:, :6].reshape(3, 2, 3), rtol=0, atol=1e-13)
+    torch.testing.assert_close(sigma**2, out[:, 6:].exp().reshape(3, 2, 3), rtol=1e-13, atol=0)  # l = log sigma^2
+    assert [v.shape for v in net(x[:0])] == [(0, 2, 3)] * 2
+    assert torch.equal(net.train()(x)[0], mean)  # it has one mode only
+
+
+@pytest.mark.parametrize("kind", ["each", "one"])
+def test_a_gaussian_mlp_starts_at_the_sigma_it_is_given_and_learns_it(kind):
+    net = GaussianMLP(2, 3, width=4, sigma=kind, sigma_start=0.25).double()
+    x = randn(5, 2)
+    sigma = net(x)[1]
+    torch.testing.assert_close(sigma, torch.full((5, 3), 0.25, dtype=F64), rtol=1e-6, atol=0)  # drawn in float32
+    sigma.sum().backward()
+    grads = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert grads == ({"log_var"} if kind == "one" else {"last.weight", "last.bias"})
+    randomised(net)
+    mean, sigma = net(x)
+    assert (mean[0] - mean[1]).abs().min() > 0 and (sigma.std() > 0) == (kind == "each")
+    assert GaussianMLP(2, 3, depth=0)(x.float())[0].shape == (5, 3)
+
+
+def test_a_gaussian_mlp_stays_finite_after_a_bad_step():
+    net = GaussianMLP(2, 3, width=4, sigma_start=1e-4)
+    for start in (-1e30, 1e30):
+        torch.nn.init.constant_(net.last.bias, start)
+        mean, sigma = net(torch.ones(1, 2))
+        assert sigma.log10().round().unique().tolist() == [math.copysign(4, start)]
+        (1 / sigma**2).sum().backward()  # float32 has no 1e-60
+        assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())

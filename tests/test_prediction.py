@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from exact import F64, close, randn, times
+from exact import F64, close, normal, randn, times
 
 from diffusion_edu.denoiser import Denoiser, EDMDenoiser
 from diffusion_edu.oracles import GaussianMixtureOracle, GaussianOracle
 from diffusion_edu.prediction import Prediction
 from diffusion_edu.process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, expand, posterior, q_sample
-from diffusion_edu.samplers import make_ddpm_step
+from diffusion_edu.samplers import beta, beta_tilde, make_ddim_step, make_ddpm_step
 from diffusion_edu.schedules import linear_beta
 
 VIEWS = ("eps", "x0", "v", "score")
@@ -56,6 +56,23 @@ def test_the_best_noise_guess_gives_the_mean_of_the_data():
     close(x + 0.7**2 * pred.score, pred.x0, 1e-13)
 
 
+@pytest.mark.equation("param.tweedie", "param.x0_from_eps")
+@pytest.mark.parametrize("process", [ddpm(), VE()], ids=["VP", "VE"])
+def test_the_score_gives_the_conjugate_posterior_mean(process):
+    means, stds = torch.tensor([-1.0, 0.5, 2.0], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+    oracle = GaussianMixtureOracle(process, means[:, None], stds, [0.5, 0.2, 0.3])
+    x = torch.linspace(-3, 3, 7, dtype=F64, requires_grad=True)
+    for t in times(5, 300, 900) if process.discrete else times(0.05, 0.7, 20.0).double():
+        (score,) = torch.autograd.grad(oracle.log_prob(x[:, None], t).sum(), x)
+        a, b = (c.item() for c in process.marginal(t))
+        var = (a * stds) ** 2 + b**2
+        share = torch.tensor([0.5, 0.2, 0.3], dtype=F64) * normal(x.detach()[:, None], a * means, var)
+        each = means + a * stds**2 / var * (x.detach()[:, None] - a * means)  # conjugacy, in each component
+        mean = (share * each).sum(1) / share.sum(1)
+        levels = torch.tensor([a, b], dtype=F64)
+        close(Prediction.from_score(x.detach(), *levels, score).x0, mean, 1e-12 / a)
+
+
 @pytest.mark.equation("param.score_from_eps")
 def test_the_score_is_minus_the_noise_over_its_standard_deviation():
     oracle, x = mixture(), randn(5, 2).requires_grad_()
@@ -97,6 +114,28 @@ def test_every_view_gives_every_other(process):
             close(posterior(process, pred.x0, x_t, t, t - 1)[0], mean, 1e-10)
 
 
+@pytest.mark.equation("param.target")
+def test_all_five_targets_give_all_five_at_every_time():
+    process, t = ddpm(), torch.arange(1, 1001)
+    x_t, scale, std, x0, eps = noised(process, t)
+    of_x_t, of_x0 = (posterior(process, *x, t, t - 1)[0] for x in ((0 * x0, 1 + 0 * x0), (1 + 0 * x0, 0 * x0)))
+
+    def tell(pred):
+        views = {view: getattr(pred, view) for view in VIEWS}
+        return views | {"mean": posterior(process, pred.x0, x_t, t, t - 1)[0]}
+
+    def hear(view, value):  # the posterior mean is a line in x0
+        given, value = ("x0", (value - of_x_t * x_t) / of_x0) if view == "mean" else (view, value)
+        return read(given, x_t, scale, std, value)
+
+    truth = tell(Prediction(x_t, scale, std, x0, eps))
+    for given, value in truth.items():
+        for wanted, answer in tell(hear(given, value)).items():
+            back = tell(hear(wanted, answer))[given]
+            close(answer, truth[wanted], 1e-10)  # the mean at T holds x0 times 1e-4
+            close(back, value, 1e-10)
+
+
 @pytest.mark.equation("param.loss_ratio")
 def test_errors_differ_by_powers_of_the_signal_to_noise_ratio():
     process = ddpm()
@@ -123,6 +162,53 @@ def test_three_forms_of_the_reverse_mean_coincide():
         close((x - beta / (1 - ab) ** 0.5 * pred.eps) / alpha**0.5, mean, 1e-12)
         close((alpha**0.5 * (1 - before) * x + before**0.5 * beta * pred.x0) / (1 - ab), mean, 1e-11)
         close((x + beta * pred.score) / alpha**0.5, mean, 1e-12)
+
+
+@pytest.mark.equation("param.mean_from_eps", "param.mean_from_x0", "param.score_objective")
+def test_the_mean_is_the_posteriors_whatever_was_predicted():
+    process, t = ddpm(), torch.arange(1, 1001)
+    x_t, scale, std, x0, eps = noised(process, t)
+    mean, _ = posterior(process, x0, x_t, t, t - 1)
+    alpha, b, ab, before = (
+        c[:, None] for c in (process.alpha[t], process.beta[t], process.alpha_bar[t], process.alpha_bar[t - 1])
+    )
+    close((x_t - b / (1 - ab).sqrt() * eps) / alpha.sqrt(), mean, 1e-14)
+    close((alpha.sqrt() * (1 - before) * x_t + before.sqrt() * b * x0) / (1 - ab), mean, 1e-11)  # 1 - ab cancels
+    close((x_t + b * (-eps / std)) / alpha.sqrt(), mean, 1e-14)
+
+
+def coefficients(step, process, t, s):
+    """A, B, C of x_s = A x_t + B eps + C z, and B' of the score, read off a step: it is a line in all of them."""
+
+    def mean(x, view, value):
+        def model(x_t, t):
+            return read(view, x_t, *(expand(c, x_t) for c in process.marginal(t)), torch.full_like(x_t, value))
+
+        model.process = process
+        mean, sigma = step.kernel(model, torch.full((1, 1), x, dtype=F64), times(t), times(s))
+        return mean.item(), 0.0 if sigma is None else sigma.item()
+
+    (A, C), (B, _), (B_score, _) = mean(1.0, "eps", 0.0), mean(0.0, "eps", 1.0), mean(0.0, "score", 1.0)
+    return A, B, C, B_score
+
+
+@pytest.mark.equation("param.ABC")
+def test_every_step_is_x_t_noise_and_fresh_noise_with_its_own_coefficients():
+    process = ddpm()
+    for t, s in ((2, 1), (300, 299), (1000, 999), (300, 100)):
+        a_t, a_s = process.alpha_bar[t].item(), process.alpha_bar[s].item()
+        alpha, std = a_t / a_s, (1 - a_t) ** 0.5
+        tilde = (1 - a_s) / (1 - a_t) * (1 - alpha)
+        ddpm_B = -(1 - alpha) / (alpha**0.5 * std)
+        for variance, var in ((beta, 1 - alpha), (beta_tilde, tilde)):
+            right = alpha**-0.5, ddpm_B, var**0.5, (1 - alpha) / alpha**0.5
+            close(coefficients(make_ddpm_step(variance), process, t, s), right, 1e-12)
+        for eta in (0.0, 0.5, 1.0):
+            B = (1 - a_s - eta**2 * tilde) ** 0.5 - alpha**-0.5 * std
+            A_, B_, C_, B_score = coefficients(make_ddim_step(eta), process, t, s)
+            close([A_, B_, C_, B_score], [alpha**-0.5, B, eta * tilde**0.5, -std * B], 1e-12)
+            assert eta < 1 or abs(B - ddpm_B) < 1e-12  # eta = 1 is ancestral sampling
+            assert eta == 1 or abs(B - ddpm_B) > 1e-6  # below, DDIM has coefficients of its own
 
 
 def test_going_past_a_prediction_extrapolates_both_views():

@@ -6,15 +6,17 @@ import warnings
 import pytest
 import torch
 from affine import sampler_law
-from exact import F64, close, times
+from exact import DATA, F64, close, times
 
 from diffusion_edu import schedules
 from diffusion_edu.oracles import GaussianOracle
-from diffusion_edu.process import DiscreteVP
-from diffusion_edu.samplers import make_ddpm_step
+from diffusion_edu.process import DiscreteVP, uniform_log_snr
+from diffusion_edu.samplers import ddim_step, kernel_step, make_ddpm_step
 from diffusion_edu.schedules import (
     beta_from_alpha_bar,
+    beta_from_log_snr,
     cosine_beta,
+    cosine_log_snr,
     geometric_sigmas,
     karras_sigmas,
     linear_beta,
@@ -22,6 +24,7 @@ from diffusion_edu.schedules import (
     respace,
     sigmoid_beta,
     swiss_beta,
+    zero_terminal_snr,
 )
 
 
@@ -37,6 +40,23 @@ def test_linear_has_its_ends_and_constant_steps_and_destroys_the_data():
         warnings.simplefilter("error")
         beta = linear_beta(1000, beta_end=0.01)  # E002-02: 6.3e-3 is left, 8 % of the signal
     assert math.prod((1 - beta).tolist()) == pytest.approx(6.3e-3, rel=0.01)
+
+
+@pytest.mark.equation("sched.linear")
+@pytest.mark.parametrize("T, beta_end", [(1000, 0.01), (50, 0.02)], ids=["E002-02", "T=50"])
+@pytest.mark.filterwarnings("ignore:alpha_bar")
+def test_the_data_left_at_T_are_missing_from_the_mean_of_the_samples(T, beta_end):
+    (m, s2), beta = DATA, linear_beta(T, beta_end=beta_end)
+    ab = math.prod((1 - beta).tolist())
+    v, oracle = ab * s2 + 1 - ab, GaussianOracle(DiscreteVP(beta), *DATA)
+    mean, var = sampler_law(kernel_step, oracle, oracle.process.grid(50))  # exact reverse steps, from N(0, 1)
+    close(mean, m - ab * s2 / v * m, 1e-12)
+    close(var, s2 * (1 - ab) / v + (s2 / v) ** 2 * ab, 1e-12)
+    joined, gaps = GaussianOracle(oracle.process.continuous(), *DATA), []
+    for n in (200, 400):
+        mean, _ = sampler_law(ddim_step, joined, joined.process.grid(n, uniform_log_snr(1e-3)))
+        gaps.append(mean - (m - (ab * s2 / v) ** 0.5 * m))  # the probability flow forgets nothing of its start
+    assert abs(gaps[1]) < 5e-3 and gaps[1] / gaps[0] == pytest.approx(0.5, abs=0.02)  # O(1 / n), to that limit
 
 
 @pytest.mark.equation("sched.cosine")
@@ -85,6 +105,54 @@ def test_betas_of_an_alpha_bar_table_are_the_betas_it_was_made_of(schedule):
     beta = schedule()
     close(beta_from_alpha_bar((1 - beta).cumprod(0)), beta, 1e-12)
     assert torch.equal(beta_from_alpha_bar(torch.tensor([1.0, 0.5, 0.0])), torch.tensor([0, 0.5, 0.999], dtype=F64))
+
+
+@pytest.mark.equation("sched.logsnr")
+def test_the_cosine_log_snr_is_cos_squared_and_its_cut_ends_at_both_limits():
+    t = torch.linspace(0, 1, 1001, dtype=F64)
+    whole = cosine_log_snr(t, -math.inf, math.inf)
+    close(whole.sigmoid(), torch.cos(math.pi * t / 2) ** 2, 1e-13)
+    assert whole[0] == math.inf
+    low, high = -4.0, 15.0
+    cut = cosine_log_snr(t, low, high)
+    close(cut[[0, -1]], [high, low], 1e-13)
+    start, end = (2 / math.pi * math.atan(math.exp(-x / 2)) for x in (high, low))
+    for i in (1, 300, 700, 999):  # the same curve, run through from ``start`` to ``end``
+        at = math.pi / 2 * (start + t[i].item() * (end - start))
+        close(cut[i], -2 * math.log(math.tan(at)), 1e-13)
+    close(cosine_log_snr(t[-1:]), [-15.0], 1e-11)  # next to the pole of tan its argument counts e^7.5 times
+
+
+@pytest.mark.equation("sched.logsnr")
+@pytest.mark.parametrize("schedule", [linear_beta, quadratic_beta, sigmoid_beta, cosine_beta, swiss_beta])
+def test_a_table_is_known_by_its_log_snr(schedule):
+    beta = schedule()
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)[1:]
+    log_snr = log_alpha_bar - (-torch.expm1(log_alpha_bar)).log()
+    close(beta_from_log_snr(log_snr), beta, 1e-13)
+    close(DiscreteVP(beta_from_log_snr(log_snr)).log_snr(torch.arange(1, len(beta))), log_snr, 1e-11)
+
+
+@pytest.mark.equation("sched.logsnr")
+def test_the_last_log_snr_may_be_minus_infinity_and_the_cosine_table_is_the_cosine_log_snr():
+    beta = beta_from_log_snr(torch.tensor([2.0, 0.0, -math.inf]))
+    assert beta[3] == 1
+    close(DiscreteVP(beta).alpha_bar, [1, 1 / (1 + math.exp(-2)), 0.5, 0], 1e-15)
+    log_snr = cosine_log_snr(torch.arange(1, 401, dtype=F64) / 400, -math.inf, math.inf)
+    close(beta_from_log_snr(log_snr), cosine_beta(400, s=0, max_beta=1), 1e-11)
+
+
+@pytest.mark.parametrize("schedule", [linear_beta, quadratic_beta, cosine_beta])
+def test_zero_terminal_snr_moves_the_signal_along_a_straight_line(schedule):
+    beta = schedule(1000)
+    process = DiscreteVP(zero_terminal_snr(beta))
+    old = (1 - beta).cumprod(0).sqrt().tolist()
+    for t in (1, 2, 500, 999):
+        close(process.marginal(times(t))[0], old[1] * (old[t] - old[1000]) / (old[1] - old[1000]), 1e-13)
+    assert process.alpha_bar[1000] == 0 and process.beta[1000] == 1 and process.zero_terminal_snr
+    close(zero_terminal_snr(process.beta), process.beta, 1e-12)  # there is nothing left to take away
+    oracle = GaussianOracle(process, *DATA)
+    close(sampler_law(kernel_step, oracle, process.grid(50)), DATA, 1e-12)  # x_T is noise now: back to the data
 
 
 @pytest.mark.equation("sched.respace")

@@ -8,12 +8,17 @@ from torch import nn
 
 from diffusion_edu.data import swiss_roll
 from diffusion_edu.denoiser import Denoiser
+from diffusion_edu.elbo import hybrid_loss
 from diffusion_edu.losses import denoising_loss
+from diffusion_edu.nets.autoencoder import GaussianMLP
 from diffusion_edu.nets.mlp import MLP
 from diffusion_edu.nets.unet import UNet
+from diffusion_edu.oracles import GaussianOracle
 from diffusion_edu.process import VPSDE, DiscreteVP
+from diffusion_edu.samplers import learned, noises
 from diffusion_edu.schedules import linear_beta
-from diffusion_edu.training import Recipe, averaged, fit, fit_classifier, learning_rate, log_normal_times
+from diffusion_edu.training import Recipe, averaged, fit, fit_classifier, fit_vae, learning_rate, log_normal_times
+from diffusion_edu.vae import HVAE, VAE, LinearVAE
 
 
 class LinearPerStep(nn.Module):
@@ -241,3 +246,74 @@ def test_every_step_trains_and_every_part_gets_its_own_mode_back():
     for _ in fit(model, torch.zeros(4, 1, 8, 8), Recipe(4, 2)):
         model.eval()  # to look at a sample
     assert seen == [True] * 4 and net.first.training and not net.condition.training
+
+
+def test_a_recipe_may_bring_its_own_loss():
+    seen = {"own": [], "plain": []}
+
+    def own(model, x0, t, eps, y, drop):
+        seen["own"].append((x0, t, eps, y, drop))
+        return model.net.layers[0].bias.sum() + 3 * t
+
+    def spy(process, t):
+        seen["plain"].append(t)
+        return torch.ones(len(t))
+
+    for recipe in ({"loss": own, "target": "x0", "weight": spy}, {"weight": spy}):
+        model = Denoiser(MLP(width=8, depth=1, n_classes=2), DiscreteVP(linear_beta(1000)))
+        losses = list(fit(model, torch.zeros(9, 2), Recipe(2, 16, lr=0.0, p_drop=0.5, **recipe), y=torch.arange(9) % 2))
+        if "loss" in recipe:
+            start, own_losses = model.net.layers[0].bias.sum().item(), losses
+    assert len(seen["own"]) == len(seen["plain"]) == 2  # the weight is asked by the plain loss only
+    for (x0, t, eps, y, drop), plain, loss in zip(seen["own"], seen["plain"], own_losses, strict=True):
+        assert torch.equal(t, plain) and x0.shape == eps.shape == (16, 2) and y.shape == drop.shape == (16,)
+        assert loss == pytest.approx(start + 3 * t.double().mean().item(), rel=1e-6)
+
+
+class LinearWithVariance(LinearPerStep):
+    """The same, and a number for the variance of each step."""
+
+    def __init__(self, T):
+        super().__init__(T)
+        self.level = nn.Parameter(torch.zeros(T + 1))
+
+    def forward(self, x, clock):
+        t = (clock * self.T / 1000).round().long()
+        return torch.cat([super().forward(x, clock), self.level[t, None].expand_as(x)], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar")
+def test_the_hybrid_loss_learns_the_exact_reverse_variance_beside_the_mean():
+    process = DiscreteVP(linear_beta(5, 0.1, 0.7))
+    x0 = 0.5 * torch.randn(50_000, 1, generator=torch.Generator().manual_seed(0))
+    model, oracle = Denoiser(LinearWithVariance(5), process, learned_variance=True), GaussianOracle(process, 0, 0.25)
+    t, x = torch.arange(1, 6), torch.zeros(5, 1)
+
+    @torch.no_grad()
+    def error():
+        exact = oracle.reverse_kernel(x, t, t - 1)[1] ** 2
+        return (learned(model(x, t), process, t, t - 1) / exact).log().abs().max()
+
+    assert error() > 0.15
+    list(fit(model, x0, Recipe(400, batch_size=1024, lr=0.1, loss=hybrid_loss)))
+    assert error() < 0.04  # the last steps average over some 2e4 squares a time: 4 standard errors of a variance
+
+
+@pytest.mark.parametrize("kind", [VAE, HVAE])
+def test_fit_vae_reaches_the_entropy_of_linear_gaussian_data(kind):
+    """Lines are enough: the true posterior of such data is linear, so the bound can be tight."""
+    truth = LinearVAE(torch.tensor([[1.2], [-0.6]]).double(), torch.tensor([0.3, -0.5]).double(), 0.2)
+    noise = noises(0)
+    mean, sigma = truth.decoder(noise(torch.zeros(20_000, 1).double()))
+    x = mean + sigma * noise(mean)
+    line = lambda a, b, **options: GaussianMLP(a, b, depth=0, **options)
+    torch.manual_seed(0)
+    decoder = line(1, 2, sigma="one", sigma_start=0.5)
+    model = VAE(line(2, 1), decoder) if kind is VAE else HVAE([line(2, 1), line(1, 1)], [decoder, line(1, 1)])
+    losses = list(fit_vae(model, x.float(), Recipe(600, lr=0.03)))
+    entropy = -truth.log_prob(x).mean().item() / 2  # per dimension
+    with torch.no_grad():
+        bound = -model.elbo(x.float(), noises(1)).mean().item() / 2
+    # 4 standard errors of the last 25,600 draws are 0.013
+    assert losses[0] > entropy + 1 and abs(sum(losses[-100:]) / 100 - entropy) < 0.02
+    assert -1e-3 < bound - entropy < 3e-3  # the fit to these 20,000 points may beat the truth by a few parameters / N

@@ -158,7 +158,16 @@ def check_decreasing(times):
 
 
 class SDE(Process):
-    """A process in continuous time, dx = f(x, t) dt + g(t) dw."""
+    r"""A process in continuous time.
+
+    .. math:: dx = f(x, t)\,dt + g(t)\,dw
+
+    Equations: sde.general
+
+    References
+    ----------
+    .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 5.
+    """
 
     @abc.abstractmethod
     def drift(self, x, t) -> Tensor:

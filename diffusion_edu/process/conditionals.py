@@ -94,7 +94,7 @@ def q_sample(process, x0, t, eps):
     TypeError, ValueError
         If x0 or eps is not floating point, the shapes differ, or t is no time of this process.
 
-    Equations: fwd.sample
+    Equations: fwd.sample, score.perturbed
 
     References
     ----------

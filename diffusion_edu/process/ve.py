@@ -11,13 +11,15 @@ from .base import SDE
 class VESDE(SDE):
     r"""The variance-exploding SDE in geometric time, T = 1.
 
-    .. math:: \sigma(t) = \sigma_{min}(\sigma_{max}/\sigma_{min})^t, \qquad
+    .. math:: dx = \sqrt{d\,\sigma(t)^2 / dt}\,dw, \quad \sigma(t) = \sigma_{min}(\sigma_{max}/\sigma_{min})^t, \quad
               x_t \mid x_0 \sim \mathcal N(x_0, [\sigma(t)^2 - \sigma(0)^2] I)
 
     Parameters
     ----------
     sigma_min, sigma_max : float
         0 < sigma_min < sigma_max.
+
+    Equations: sde.ve
 
     References
     ----------
@@ -61,6 +63,8 @@ class VE(SDE):
     ----------
     T : float
         The largest noise level that sampling starts from.
+
+    Equations: sde.ve, score.perturbed
 
     References
     ----------

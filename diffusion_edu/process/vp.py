@@ -81,6 +81,17 @@ class _VP(SDE):
     """dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw: all of it follows from beta(t) and its integral."""
 
     def marginal(self, t):
+        r"""(scale, std) of the transition kernel.
+
+        .. math:: q(x_t \mid x_0) = \mathcal N(\sqrt{\bar\alpha(t)}\, x_0,\ (1 - \bar\alpha(t)) I), \qquad
+                  \bar\alpha(t) = \exp\Big(-\int_0^t \beta(s)\,ds\Big)
+
+        Equations: sde.vp_kernel
+
+        References
+        ----------
+        .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 29 and 33.
+        """
         integral = self.integral(self.check_times(t))
         return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()
 
@@ -98,7 +109,12 @@ class _VP(SDE):
 
 
 class TableVP(_VP):
-    """A `DiscreteVP` between its integers: beta(t) is constant on each interval (t - 1, t]."""
+    r"""A `DiscreteVP` between its integers: beta(t) is constant on each interval (t - 1, t], so that alpha_bar fits.
+
+    .. math:: \exp\Big(-\int_{t-1}^{t} \beta(s)\,ds\Big) = 1 - \beta_t
+
+    Equations: sde.rescale
+    """
 
     def __init__(self, log_alpha_bar):
         super().__init__()
@@ -137,6 +153,8 @@ class VPSDE(_VP):
     beta_min, beta_max : float
         beta(0) and beta(1), 0 < beta_min <= beta_max. DDPM's table with T = 1000 has the limit (0.1, 20).
 
+    Equations: sde.vp, sde.limit
+
     References
     ----------
     .. [1] Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
@@ -168,6 +186,8 @@ class SubVPSDE(VPSDE):
 
     .. math:: dx = -\tfrac12\beta(t)\,x\,dt + \sqrt{\beta(t)\big(1 - e^{-2\int_0^t\beta}\big)}\,dw, \qquad
               \mathrm{std}(t) = 1 - e^{-\int_0^t\beta}
+
+    Equations: sde.subvp
 
     References
     ----------

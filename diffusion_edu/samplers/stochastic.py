@@ -1,9 +1,9 @@
-"""Steps that draw: ancestral sampling, DDIM's family, the reverse SDE, learned kernels and Langevin dynamics."""
+"""Steps that draw from a Gaussian: ancestral sampling, DDIM's family and learned kernels."""
 
 import torch
 
 from .. import checks
-from ..process import SDE, expand, jump, posterior
+from ..process import expand, jump, posterior
 from .driver import KernelStep
 
 # The variance of an ancestral step: functions (pred, process, t, s) -> Tensor that broadcasts against x.
@@ -57,9 +57,13 @@ def make_ddpm_step(variance=beta_tilde):
     .. math:: x_{t-1} = \tilde\mu_t(x_t, \hat x_0) + \sigma_t z, \qquad
               \tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}
               \Big(x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}}\,\hat\epsilon\Big)
+              = \frac{x_t + \beta_t\,\hat s}{\sqrt{\alpha_t}}
+              = \frac{\sqrt{\alpha_t}(1 - \bar\alpha_{t-1})\,x_t
+              + \sqrt{\bar\alpha_{t-1}}\,\beta_t\,\hat x_0}{1 - \bar\alpha_t}
 
     with z = 0 at the last step, whatever the variance: fresh noise on finished data would only blur them. Strides
-    are exact: the posterior is that of q(x_s | x_t, x_0).
+    are exact: the posterior is that of q(x_s | x_t, x_0). The second form is A_t x_t + B_t eps + C_t z, the third the
+    same with the score.
 
     Parameters
     ----------
@@ -70,7 +74,8 @@ def make_ddpm_step(variance=beta_tilde):
     -------
     Step
 
-    Equations: rev.kernel, ddpm.sample_alg2, ddpm.x0_form_step, ddpm.strided, param.mean_from_eps
+    Equations: rev.kernel, ddpm.sample_alg2, ddpm.x0_form_step, ddpm.strided, param.mean_from_eps,
+        param.mean_from_x0, param.score_objective, param.ABC
 
     References
     ----------
@@ -92,7 +97,7 @@ def make_ddim_step(eta=0.0):
     .. math:: x_s = a_s \hat x_0 + \sqrt{b_s^2 - \sigma^2}\,\hat\epsilon + \sigma z, \qquad
               \sigma = \eta\,\frac{b_{t|s} b_s}{b_t} \quad (= \eta\sqrt{\tilde\beta_t})
 
-    with a = scale, b = std.
+    with a = scale, b = std: A x_t + B eps + C z with A = a_s / a_t, B = sqrt(b_s^2 - sigma^2) - A b_t, C = sigma.
 
     Parameters
     ----------
@@ -103,7 +108,7 @@ def make_ddim_step(eta=0.0):
     -------
     Step
 
-    Equations: ddim.update, ddim.sigma_eta
+    Equations: ddim.update, ddim.sigma_eta, param.ABC
 
     References
     ----------
@@ -125,36 +130,6 @@ def make_ddim_step(eta=0.0):
 ddim_step = make_ddim_step()
 
 
-def _reverse_sde(model, x_t, t, s):
-    if model.process.zero_terminal_snr and t == model.process.T:
-        checks.fail("model.process", "keep some signal at T: its diffusion is infinite there", "alpha_bar[T] = 0")
-    pred = model(x_t, t)
-    process = _sde(model.process.continuous())
-    t, dt = t.double(), expand((t - s).double(), x_t)
-    g = expand(process.diffusion(t), x_t)
-    mean = x_t - (process.drift(x_t, t) - g**2 * pred.score) * dt
-    return mean, g * dt.sqrt()
-
-
-def _sde(process):
-    """An SDE: a process with drift and diffusion."""
-    if not isinstance(process, SDE):
-        checks.fail("model.process", "have a drift and a diffusion (an SDE)", type(process).__name__, TypeError)
-    return process
-
-
-euler_maruyama_step = KernelStep(_reverse_sde, draws_last=False)
-euler_maruyama_step.__doc__ = r"""The reverse SDE by Euler and Maruyama.
-
-    .. math:: x_s = x_t - \big[f(x_t, t) - g(t)^2\, s_\theta(x_t, t)\big](t - s) + g(t)\sqrt{t - s}\, z
-
-    with z = 0 at the last step, s = 0.
-
-    References
-    ----------
-    .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 6 and appendix D.
-    """
-
 kernel_step = KernelStep(lambda model, x_t, t, s: model.reverse_kernel(x_t, t, s))
 kernel_step.__doc__ = r"""The model of 2015: it says mean and standard deviation of p(x_s | x_t) itself.
 
@@ -167,42 +142,3 @@ kernel_step.__doc__ = r"""The model of 2015: it says mean and standard deviation
     ----------
     .. [1] Sohl-Dickstein et al., 2015, arXiv:1503.03585, section 2.2.
     """
-
-
-def make_langevin_step(r=0.1, n_steps=1):
-    r"""Langevin dynamics at time t: a corrector when s = t, a level of annealed Langevin when s < t.
-
-    .. math:: x \leftarrow x + \varepsilon\, s_\theta(x, t) + \sqrt{2\varepsilon}\, z, \qquad
-              \varepsilon = r\,\mathrm{std}(t)^2
-
-    NCSN writes the same with alpha_i = 2 epsilon. Nothing happens at t = 0.
-
-    Parameters
-    ----------
-    r : float
-        Step size relative to the variance of the noise, positive.
-    n_steps : int
-        Updates at each level.
-
-    Returns
-    -------
-    Step
-
-    Equations: langevin.step
-
-    References
-    ----------
-    .. [1] Song and Ermon, 2019, arXiv:1907.05600, algorithm 1.
-    """
-    r = checks.real("r", r, 0, open_low=True)
-    n_steps = checks.integer("n_steps", n_steps, 1)
-
-    def step(model, x_t, t, s, noise):
-        x = x_t
-        for _ in range(n_steps if t > 0 else 0):
-            pred = model(x, t)
-            epsilon = r * pred.std**2
-            x = x + epsilon * pred.score + (2 * epsilon).sqrt() * checks.same_shape("noise(x)", noise(x), "x", x)
-        return x
-
-    return step
