@@ -48,8 +48,8 @@ def ode_log_prob(model, x0, t_min=1e-5, v=None, end_log_prob=None, rtol=1e-6, at
     x0 : Tensor, shape (B, *D)
         Data with a density: grey levels must be dequantised first (`bits.dequantize`).
     t_min : float
-        Where the integral begins, > 0: at 0 the velocity may be singular. It is the density of the data with that
-        much noise, a bias of order t_min.
+        Where the integral begins, > 0: at 0 the log SNR is infinite. It is the density of the data with that much
+        noise, a bias of the order of the noise's variance.
     v : Tensor, shape (K, B, *D), or None
         None: the exact divergence, D derivatives an evaluation. Otherwise probes, +1 and -1 at random, the same all
         the way: the estimate is unbiased.
@@ -69,21 +69,21 @@ def ode_log_prob(model, x0, t_min=1e-5, v=None, end_log_prob=None, rtol=1e-6, at
     ----------
     .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 39-40; Chen et al., "Neural Ordinary Differential Equations", 2018.
     """
-    process, velocity = model.process, probability_flow(model)
+    process, velocity = model.process.continuous(), probability_flow(model)
     t_min = checks.real("t_min", t_min, 0, process.T, open_low=True)
     size = x0[0].numel() if len(checks.floating("x0", x0)) else checks.fail("x0", "hold at least one example", "none")
     if end_log_prob is None:
-        _, std = process.marginal(torch.tensor(process.T, dtype=process.time_dtype))
+        _, std = process.marginal(torch.tensor(process.T, dtype=torch.float64))
         end_log_prob = partial(normal_log_prob, mean=0.0, var=std.item() ** 2)
     checks.function("end_log_prob", end_log_prob, "lambda x: oracle.log_prob(x, T)")
 
-    def slope(t, state):
+    def both(state, t):
         x = state[:, :size].reshape(x0.shape)
         value, change = value_and_divergence(lambda x: velocity(x, t), x, v)
         return torch.cat([value.flatten(1), (change if v is None else change.mean(0))[:, None]], dim=1)
 
     state = torch.cat([x0.flatten(1), x0.new_zeros(len(x0), 1)], dim=1)
-    end, n = evaluating(model, lambda _: integrate(slope, state, t_min, process.T, rtol, atol))
+    end, n = evaluating(model, lambda _: integrate(both, process, state, t_min, process.T, rtol, atol))
     x_T, change = end[:, :size].reshape(x0.shape), end[:, size]
     return Likelihood(end_log_prob(x_T) + change, x_T, change, n)
 

@@ -19,18 +19,19 @@ import torch
 from torch import nn
 
 from . import checks, data
-from .bits import bits_per_dim
+from .bits import bits_per_dim, dequantize
 from .checkpoint import load_weights, read_card, save_weights
 from .denoiser import READINGS, Denoiser
 from .elbo import bound_term, hybrid_loss
 from .guidance import classifier_free
+from .likelihood import ode_log_prob, probes
 from .metrics import frechet_distance
 from .nets.classifier import Classifier
 from .nets.mlp import MLP
 from .nets.unet import UNet
 from .process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, terminal_kl, uniform_log_snr
-from .samplers import learned, make_ddpm_step, make_dpmpp_2m_step, noises, sample
-from .schedules import cosine_beta, linear_beta, quadratic_beta, sigmoid_beta
+from .samplers import learned, make_ddpm_step, make_dpmpp_2m_step, make_langevin_step, noises, sample
+from .schedules import cosine_beta, geometric_sigmas, linear_beta, quadratic_beta, sigmoid_beta
 from .training import Recipe, averaged, dequantized, fit, fit_classifier, fit_vae, level_times, log_normal_times
 from .vae import HVAE, make_hvae
 
@@ -243,6 +244,40 @@ def draw(model, y, w=1.0, n_steps=16, seed=0):
     return x0.clamp(-1, 1)
 
 
+def walk(model, n, r=0.5, n_steps=10, seed=0):
+    """Digits by annealed Langevin dynamics down the 12 levels that the network was trained on, from 8 to 0.05.
+
+    Parameters
+    ----------
+    model : Model
+        Unconditional, on `VE`, for images (1, 8, 8).
+    n : int
+    r : float
+        Step size relative to the variance of the noise.
+    n_steps, seed : int
+        Updates at each level.
+
+    Returns
+    -------
+    Tensor, shape (n, 1, 8, 8), in [-1, 1]
+    """
+    sigmas, noise = geometric_sigmas(12, 0.05, 8.0), noises(seed)
+    x_T = sigmas[0].item() * noise(torch.empty(n, 1, 8, 8))
+    *_, x0 = sample(make_langevin_step(r, n_steps), model, x_T, sigmas, noise)
+    return x0.clamp(-1, 1)
+
+
+@torch.no_grad()
+def walk_metrics(x0, classifier):
+    """Metrics of unconditional samples: how sure the judge is, and the Fréchet distance beside its floor at this n."""
+    real, train_half = classifier.features(data.digits("test")[0]), classifier.features(data.digits("train")[0])
+    return {
+        "confident": round((classifier(x0).softmax(1).amax(1) > 0.9).double().mean().item(), 4),
+        "frechet": round(frechet_distance(classifier.features(x0), real), 3),
+        "floor": round(frechet_distance(train_half[: len(x0)], real), 3),
+    }
+
+
 @torch.no_grad()
 def evaluate(model, classifier=None):
     """The headline metrics that a card holds: of 900 unguided samples, or of a model of another kind on the test half.
@@ -253,10 +288,12 @@ def evaluate(model, classifier=None):
     -------
     dict
         ``accuracy`` : share of samples (or test digits) that the classifier names as asked;
+        ``confident`` : on `VE`, of 300 annealed samples, the share on which the classifier is 90 % sure of some class;
         ``frechet`` : Fréchet distance of the classifier's features, samples against the test half;
         ``floor`` : the same for the train half against the test half;
         ``bits_per_dim`` : bound on -log2 p of the test half per pixel, of 17 grey levels, for an HVAE (64 draws of
-        each digit) and for a model with a learned variance (1,000 steps; see `bound_bits`).
+        each digit) and for a model with a learned variance (1,000 steps; see `bound_bits`); for an unconditional
+        VP model -log2 p itself, of the first 100 test digits, dequantised (see `density_bits`).
     """
     x_test, y_test = data.digits("test")
     if isinstance(model, HVAE):
@@ -264,9 +301,13 @@ def evaluate(model, classifier=None):
         return {"bits_per_dim": round(bits_per_dim(nats.double().mean().item(), 64), 4)}
     if not isinstance(model, Denoiser):
         return {"accuracy": accuracy(model, x_test, y_test)}
+    if _density(model):
+        return {"bits_per_dim": round(density_bits(model, x_test[:100]).mean().item(), 4)}
     if not _draws(model):
         return {"bits_per_dim": round(bound_bits(make_ddpm_step(learned), model, x_test).mean().item(), 4)}
     classifier = classifier or load("digits_classifier")
+    if isinstance(model.process, VE):
+        return walk_metrics(walk(model, 300), classifier)
     y = torch.arange(900) % 10
     x0 = draw(model, y, n_steps=12)
     real, train_half = classifier.features(x_test), classifier.features(data.digits("train")[0])
@@ -320,9 +361,41 @@ def bound_bits(step, model, x0, n_steps=1000, n_draws=16, seed=0):
     return bits_per_dim(nats, x0[0].numel())
 
 
+@torch.no_grad()
+def density_bits(model, x0, rtol=1e-3, seed=0):
+    r"""Bits per dimension of digits of 17 grey levels under a density, by the probability-flow ODE.
+
+    .. math:: -\frac{\log p(y)}{D \ln 2} + \log_2 8, \qquad y = x + \frac{2u - 1}{16}, \quad u \sim U[0, 1)
+
+    Parameters
+    ----------
+    model : Model
+        Of dequantised digits, in continuous time.
+    x0 : Tensor, shape (B, 1, 8, 8)
+    rtol : float
+        Tolerance of the solver, relative and absolute.
+    seed : int
+        Of u, and of one probe of random signs for each digit.
+
+    Returns
+    -------
+    Tensor, shape (B,), float64
+    """
+    generator = torch.Generator().manual_seed(seed)
+    y = dequantize(x0, 17, torch.rand(x0.shape, generator=generator).to(x0))
+    found = ode_log_prob(model, y, t_min=1e-4, v=probes(y, 1, generator), rtol=rtol, atol=rtol)
+    return bits_per_dim(-found.log_prob.double(), x0[0].numel(), levels=17)
+
+
 def _draws(model):
-    """Whether a model is judged by its samples: a class-conditional denoiser in continuous time."""
-    return isinstance(model, Denoiser) and not model.process.discrete
+    """Whether a model is judged by its samples: a denoiser in continuous time, of a class or on `VE`."""
+    return isinstance(model, Denoiser) and not model.process.discrete and not _density(model)
+
+
+def _density(model):
+    """Whether a model is judged by the density of the data: an unconditional denoiser on a VP SDE."""
+    vp = isinstance(model, Denoiser) and isinstance(model.process, VPSDE)
+    return vp and model.net.condition.n_classes is None
 
 
 @torch.no_grad()

@@ -947,6 +947,181 @@ def _(original):
     return lambda model, percentile=0.995: _change_x0(model, lambda x0: change(x0, percentile))
 
 
+# Sections 13 and 14: scores, Langevin dynamics, SDEs and the probability flow
+
+
+@mutant(
+    "E000-21-matching",
+    "score_matching.denoising_score_matching",
+    "test_score_matching.py::test_the_score_of_the_kernel_is_minus_the_noise_over_sigma "
+    "test_score_matching.py::test_denoising_matching_is_explicit_matching_of_the_noised_density_but_for_one_constant",
+    "08",
+)
+def _(original):
+    """The score of the kernel has the wrong sign: eps / sigma."""
+    return lambda score, x, sigma, eps: ((score(x + sigma * eps) - eps / sigma) ** 2).flatten(1).sum(1)
+
+
+@mutant(
+    "E004-13",
+    "guidance.reschedule",
+    "test_score_matching.py::test_the_noise_in_ddpm_is_the_noise_in_ncsn_at_the_rescaled_point",
+    "08",
+)
+def _(original):
+    """ "They are equivalent!": the other network is asked at the same input, not at x_t / sqrt(alpha_bar)."""
+    from diffusion_edu.guidance import Wrapped
+    from diffusion_edu.prediction import Prediction
+
+    def reschedule(model, process):
+        rescaled = original(model, process)
+
+        def call(m, x_t, t, **cond):
+            scale = rescaled(x_t, t, **cond).scale
+            pred = rescaled(scale * x_t, t, **cond)
+            return Prediction.from_eps(x_t, pred.scale, pred.std, pred.eps, pred.frac)
+
+        return Wrapped(call, model, process)
+
+    return reschedule
+
+
+@mutant(
+    "E004-02-langevin",
+    "samplers.langevin",
+    "test_langevin.py::test_the_stationary_variance_of_a_bell_is_one_over_one_minus_half_a_step",
+    "08",
+)
+def _(original):
+    """sqrt(2) epsilon z for sqrt(2 epsilon) z, on one density."""
+
+    def langevin(score, x, step_sizes, noise):
+        for epsilon in step_sizes:
+            x = x + epsilon * score(x) + math.sqrt(2) * epsilon * noise(x)
+            yield x
+
+    return langevin
+
+
+def _reverse_sde(drift):
+    """reverse_sde with another drift, from f, g, the share (1 + eta^2) / 2 and the score."""
+    from diffusion_edu.process import expand
+
+    def reverse_sde(sde, model, eta=1.0):
+        def changed(x, t):
+            return drift(sde.drift(x, t), expand(sde.diffusion(t), x), (1 + eta**2) / 2, model(x, t).score)
+
+        return changed, lambda t: eta * sde.diffusion(t)
+
+    return reverse_sde
+
+
+REVERSE = (
+    "test_sde.py::test_with_the_exact_score_the_way_back_ends_at_the_data_whatever_the_noise "
+    "test_sde.py::test_500_steps_find_every_mode_with_its_weight_and_width"
+)
+
+
+@mutant("table-reverse-sign", "samplers.reverse_sde", REVERSE, "09")
+def _(original):
+    """The score has the wrong sign in the drift of the way back."""
+    return _reverse_sde(lambda f, g, share, s: f + share * g**2 * s)
+
+
+@mutant("table-g", "samplers.reverse_sde", REVERSE, "09")
+def _(original):
+    """g for g^2 in the drift of the way back."""
+    return _reverse_sde(lambda f, g, share, s: f - share * g * s)
+
+
+FLOW = (
+    "test_sde.py::test_the_flow_of_a_gaussian_is_its_closed_form_both_ways "
+    "test_sde.py::test_the_flow_of_a_mixture_carries_every_quantile_to_itself"
+)
+
+
+@mutant("table-half", "samplers.probability_flow", FLOW, "10")
+def _(original):
+    """The factor 1/2 of the probability flow is missing."""
+    from diffusion_edu.samplers import reverse_sde
+
+    return lambda model: reverse_sde(model.process.continuous(), model)[0]
+
+
+@mutant(
+    "table-divergence",
+    "likelihood.ode_log_prob",
+    "test_likelihood.py::test_the_density_of_a_mixture_in_the_plane_is_found_to_a_thousandth_of_a_nat",
+    "10",
+)
+def _(original):
+    """The integral of the divergence is subtracted."""
+    from dataclasses import replace
+
+    def ode_log_prob(*args, **kwargs):
+        found = original(*args, **kwargs)
+        return replace(found, log_prob=found.log_prob - 2 * found.change)
+
+    return ode_log_prob
+
+
+@mutant(
+    "E000-20",
+    "losses.denoising_loss",
+    "test_sde.py::test_weighted_by_one_minus_alpha_bar_the_target_has_energy_one_and_is_the_noise",
+    "09",
+)
+def _(original):
+    """The weight lambda(t) is left out: the scores themselves are compared."""
+
+    def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
+        return original(model, x0, t, eps, "score", **cond)
+
+    return denoising_loss
+
+
+@mutant(
+    "E000-22",
+    "process.TableVP.rate",
+    "test_sde.py::test_a_table_joined_up_keeps_its_alpha_bar_and_beta_belongs_to_the_step_that_ends_there",
+    "09",
+)
+def _(original):
+    """beta(t / T) for beta((t + 1) / T) in the step from t to t + 1: every beta comes one step late."""
+    return lambda self, t: original(self, (t - 1).clamp(min=0))
+
+
+def _corrector(move):
+    """make_corrector_step with another move, from x, the score, z and (r |z| / |s|)^2."""
+
+    def make_corrector_step(snr=0.16, n_steps=1):
+        def step(model, x, t, s, noise):
+            for _ in range(n_steps if t > 0 else 0):
+                score, z = model(x, t).score, noise(x)
+                ratio = z.flatten(1).norm(dim=1).mean() / score.flatten(1).norm(dim=1).mean()
+                x = move(x, score, z, (snr * ratio) ** 2)
+            return x
+
+        return step
+
+    return make_corrector_step
+
+
+CORRECTOR = "test_sde.py::test_the_corrector_is_its_formula_and_leaves_the_law_alone_up_to_its_step"
+
+
+@mutant("table-corrector-step", "samplers.make_corrector_step", CORRECTOR, "09")
+def _(original):
+    """epsilon = (r |z| / |s|)^2: the factor 2 of the corrector's step is missing."""
+    return _corrector(lambda x, score, z, square: x + square * score + (2 * square).sqrt() * z)
+
+
+@mutant("table-corrector-noise", "samplers.make_corrector_step", CORRECTOR, "09")
+def _(original):
+    """sqrt(epsilon) z: the factor 2 of the corrector's noise is missing."""
+    return _corrector(lambda x, score, z, square: x + 2 * square * score + (2 * square).sqrt() * z)
+
+
 # Trying them
 
 

@@ -31,6 +31,7 @@ from diffusion_edu.guidance import (
     dynamic_threshold,
     static_threshold,
 )
+from diffusion_edu.likelihood import ode_log_prob, probes
 from diffusion_edu.losses import denoising_loss, elbo_weight, loss_ratio, min_snr_weight
 from diffusion_edu.metrics import frechet_distance
 from diffusion_edu.nets.autoencoder import GaussianMLP
@@ -49,18 +50,24 @@ from diffusion_edu.process import (
     uniform_log_snr,
 )
 from diffusion_edu.samplers import (
+    brownian_path,
     churn,
     ddim_step,
+    euler_maruyama_path,
     euler_maruyama_step,
     finite,
+    flow,
     guided_mean,
     heun_step,
     keep_known,
+    langevin,
+    make_corrector_step,
     make_ddim_step,
     make_ddpm_step,
     make_langevin_step,
     noises,
     noises_per_sample,
+    reverse_sde,
     sample,
 )
 from diffusion_edu.samplers import learned as learned_variance
@@ -78,7 +85,14 @@ from diffusion_edu.schedules import (
     swiss_beta,
     zero_terminal_snr,
 )
-from diffusion_edu.training import Recipe, averaged, fit, fit_vae
+from diffusion_edu.score_matching import (
+    denoising_score_matching,
+    divergence,
+    explicit_score_matching,
+    hutchinson,
+    sliced_score_matching,
+)
+from diffusion_edu.training import Recipe, averaged, dequantized, fit, fit_vae, level_times
 from diffusion_edu.vae import (
     HVAE,
     VAE,
@@ -99,6 +113,9 @@ TABLE = DiscreteVP(linear_beta(1000))
 ORACLE = GaussianOracle(TABLE, 0.4, 0.25)
 TWO = GaussianMixtureOracle(TABLE, [[-1.0, 0.0], [1.0, 0.0]], [0.3, 0.3])
 IMAGES, POINTS = randn(2, 3, 8, 8), randn(2, 2)
+SMOOTH = GaussianOracle(VPSDE(), 0.4, 0.25)  # in continuous time
+BELL, FLAT = torch.neg, lambda x: x[:, :1]  # the score of N(0, 1), and one that forgets a dimension
+RISING = torch.tensor([0.0, 0.5, 1.0])
 NAN = float("nan")
 
 
@@ -135,6 +152,24 @@ SHAPES = [
     refuse(4, "shared-noise", noise_at(times(5), eps=IMAGES[:1]), "eps", "(1, 3, 8, 8)"),
     refuse(4, "shared-step-noise", run(make_ddpm_step(), noise=lambda x: x[:1]), "noise(x)", "(1, 2)"),
     refuse(4, "langevin", run(make_langevin_step(), noise=lambda x: x[:1]), "noise(x)", "(1, 2)"),
+    refuse(4, "corrector", run(make_corrector_step(), noise=lambda x: x[:1]), "noise(x)", "(1, 2)"),
+    refuse(4, "walk", lambda: next(langevin(BELL, POINTS, [0.1], lambda x: x[:1])), "noise(x)", "(1, 2)"),
+    refuse(4, "brownian", lambda: brownian_path(RISING, POINTS, lambda x: x[:1]), "noise(x)", "(1, 2)"),
+    refuse(4, "forward", lambda: euler_maruyama_path(VPSDE(), POINTS, RISING, FLAT), "noise(x)", "(2, 1)"),
+    refuse(4, "matching", lambda: denoising_score_matching(BELL, POINTS, 0.5, POINTS[:1]), "eps", "(1, 2)"),
+    *(
+        refuse(5, f"score-of-{name}", call, "score(x)", "(2, 1)")
+        for name, call in (
+            ("the-walk", lambda: next(langevin(FLAT, POINTS, [0.1], noises(0)))),
+            ("esm", lambda: explicit_score_matching(FLAT, POINTS, BELL)),
+            ("esm-truth", lambda: explicit_score_matching(BELL, POINTS, FLAT)),
+            ("dsm", lambda: denoising_score_matching(FLAT, POINTS, 0.5, POINTS)),
+        )
+    ),
+    refuse(5, "field", lambda: divergence(FLAT, POINTS), "f(x)", "(2, 1)"),
+    refuse(5, "probes", lambda: hutchinson(BELL, POINTS, POINTS), "v", "(2, 2)"),
+    refuse(5, "no-probes", lambda: sliced_score_matching(BELL, POINTS, POINTS[:0, None]), "v", "(0, 1, 2)"),
+    refuse(5, "probes-of-the-flow", lambda: ode_log_prob(SMOOTH, POINTS, v=IMAGES), "v", "(2, 3, 8, 8)"),
     refuse(
         4,
         "churn",
@@ -161,6 +196,7 @@ SHAPES = [
     refuse(9, "points", lambda: MLP(dim=3)(POINTS.float(), torch.ones(2)), "x", "(2, 2)"),
     refuse(11, "loss", lambda: denoising_loss(ORACLE, IMAGES[:0], times(5), IMAGES[:0]), "x0", "an empty batch"),
     refuse(11, "data", lambda: DatasetOracle(TABLE, IMAGES[:0]), "data", "0"),
+    refuse(11, "likelihood", lambda: ode_log_prob(SMOOTH, POINTS[:0]), "x0", "none"),
     refuse(12, "prior", lambda: TABLE.prior((-1, 2), noises(0)), "shape", "-1"),
     refuse(12, "data", lambda: TWO.sample(-3), "n", "-3"),
     refuse(14, "B-1", lambda: TWO(POINTS, times(5), y=torch.tensor([[0], [1]])), "y", "(2, 1)"),
@@ -189,6 +225,13 @@ KINDS = [
     refuse(17, "forward-step", lambda: forward_step(TABLE, POINTS.long(), times(5), POINTS), "x_s", "int64", TypeError),
     refuse(17, "oracle", lambda: ORACLE(POINTS.long(), times(5)), "x_t", "torch.int64", TypeError),
     refuse(17, "x_T", run(x=POINTS.long()), "x_T", "torch.int64", TypeError),
+    refuse(17, "likelihood", lambda: ode_log_prob(SMOOTH, POINTS.long()), "x0", "torch.int64", TypeError),
+    refuse(17, "flow", lambda: flow(SMOOTH, POINTS.long(), 1.0, 0.5), "x", "torch.int64", TypeError),
+    refuse(17, "walk", lambda: next(langevin(BELL, [0.0], [0.1], noises(0))), "x", "list", TypeError),
+    refuse(17, "field", lambda: divergence(BELL, POINTS.long()), "x", "torch.int64", TypeError),
+    refuse(17, "matching", lambda: denoising_score_matching(BELL, POINTS.long(), 1, POINTS), "x", "int64", TypeError),
+    refuse(17, "forward", lambda: euler_maruyama_path(VPSDE(), 0.3, RISING, noises(0)), "x0", "float", TypeError),
+    refuse(17, "probes", lambda: hutchinson(BELL, POINTS, POINTS[None].sign().long()), "v", "torch.int64", TypeError),
     refuse(
         19,
         "float64-sample",
@@ -249,6 +292,15 @@ PARAMETERS = [
     refuse(46, "step", run("ddim"), "step", "'ddim'", TypeError),
     refuse(46, "noise", run(noise=7), "noise", "7", TypeError),
     refuse(46, "no-noise", run(make_ddpm_step()), "noise", "None"),
+    refuse(46, "reverse-of-a-table", lambda: reverse_sde(TABLE, ORACLE), "sde", "DiscreteVP", TypeError),
+    refuse(46, "forward-of-a-table", lambda: euler_maruyama_path(TABLE, POINTS, RISING, BELL), "sde", "D", TypeError),
+    refuse(46, "score", lambda: next(langevin(POINTS, POINTS, [0.1], BELL)), "score", "(2, 2)", TypeError),
+    refuse(46, "matching", lambda: divergence(0.5, POINTS), "score", "0.5", TypeError),
+    refuse(46, "walk-noise", lambda: next(langevin(BELL, POINTS, [0.1], 0)), "noise", "0", TypeError),
+    refuse(46, "one-step-size", lambda: next(langevin(BELL, POINTS, 0.1, BELL)), "step_sizes", "0.1", TypeError),
+    refuse(46, "brownian", lambda: brownian_path(RISING, POINTS, None), "noise", "None", TypeError),
+    refuse(46, "end", lambda: ode_log_prob(SMOOTH, POINTS, end_log_prob=0.0), "end_log_prob", "0.0", TypeError),
+    refuse(46, "levels", lambda: level_times(3)(VPSDE(), 5), "process", "VPSDE", TypeError),
     refuse(46, "guided", lambda: guided_mean(lambda *a: 0, print, 1.0), "step", "function", TypeError),
     refuse(47, "t=T+1", noise_at(times(1001)), "t", "1001"),
     refuse(47, "sde", lambda: VPSDE().marginal(torch.tensor(1.5)), "t", "1.5"),
@@ -269,6 +321,10 @@ PARAMETERS = [
     refuse(50, "karras", lambda: karras_sigmas(0), "n", "0"),
     refuse(50, "geometric", lambda: geometric_sigmas(-3), "n", "-3"),
     refuse(50, "langevin", lambda: make_langevin_step(n_steps=0), "n_steps", "0"),
+    refuse(50, "corrector", lambda: make_corrector_step(n_steps=0), "n_steps", "0"),
+    refuse(50, "levels", lambda: level_times(0), "n", "0"),
+    refuse(50, "grey-levels", lambda: dequantized(1), "levels", "1"),
+    refuse(50, "probes", lambda: probes(POINTS, 0, None), "n", "0"),
     refuse(51, "T+1-steps", lambda: TABLE.grid(1001), "n_steps", "1001"),
     *(refuse(53, f"eta={eta}", lambda eta=eta: make_ddim_step(eta), "eta", str(eta)) for eta in (-1, 5, 1.5, NAN)),
     refuse(54, "unsorted", run(grid=(3, 5, 0)), "times", "[3, 5, 0]"),
@@ -277,6 +333,9 @@ PARAMETERS = [
     refuse(54, "single", run(grid=(5,)), "times", "5"),
     refuse(54, "empty", run(grid=torch.tensor([], dtype=torch.int64)), "times", "[]"),
     refuse(54, "list", lambda: list(sample(ddim_step, ORACLE, POINTS, [5, 0])), "times", "list", TypeError),
+    refuse(54, "brownian", lambda: brownian_path(RISING.flip(0), POINTS, BELL), "times", "[1.0, 0.5, 0.0]"),
+    refuse(54, "forward", lambda: euler_maruyama_path(VPSDE(), POINTS, RISING[:1], BELL), "times", "[0.0]"),
+    refuse(54, "forward-beyond", lambda: euler_maruyama_path(VPSDE(), POINTS, 2 * RISING, BELL), "times", "2 at index"),
     refuse(54, "respace", lambda: respace(linear_beta(1000), times(5, 3)), "times", "[5, 3]"),
     refuse(54, "respace-0", lambda: respace(linear_beta(1000), times(0, 3)), "times", "0 at index 0"),
     *(
@@ -310,6 +369,18 @@ PARAMETERS = [
     *(refuse(57, f"min-snr-{g}", lambda g=g: min_snr_weight(gamma=g), "gamma", str(g)) for g in (0, -1.0, NAN)),
     refuse(57, "gamma", lambda: churn(ddim_step, -0.1), "gamma", "-0.1"),
     refuse(57, "r", lambda: make_langevin_step(r=0), "r", "0"),
+    refuse(57, "snr", lambda: make_corrector_step(-0.16), "snr", "-0.16"),
+    *(
+        refuse(57, f"step-{e}", lambda e=e: next(langevin(BELL, POINTS, [e], BELL)), "step_sizes", str(e))
+        for e in (0.0, -0.1, NAN)
+    ),
+    refuse(57, "sde-eta", lambda: reverse_sde(VPSDE(), SMOOTH, -1.0), "eta", "-1"),
+    *(refuse(57, f"flow-to-{s}", lambda s=s: flow(SMOOTH, POINTS, 1.0, s), "s", str(s)) for s in (0, 1.5, NAN)),
+    refuse(57, "flow-from-a-tensor", lambda: flow(SMOOTH, POINTS, RISING[2], 0.5), "t", "a tensor", TypeError),
+    refuse(57, "rtol", lambda: flow(SMOOTH, POINTS, 1.0, 0.5, rtol=0), "rtol", "0"),
+    refuse(57, "t_min", lambda: ode_log_prob(SMOOTH, POINTS, t_min=0), "t_min", "0"),
+    refuse(57, "matching", lambda: denoising_score_matching(BELL, POINTS, 0.0, POINTS), "sigma", "0.0"),
+    refuse(57, "level-ends", lambda: level_times(5, 1.0, 0.1), "sigma_max", "0.1"),
     refuse(57, "sigma_data", lambda: EDMDenoiser(MLP(), TABLE, sigma_data=0), "sigma_data", "0"),
     refuse(57, "stds", lambda: GaussianMixtureOracle(TABLE, [[0.0]], [0.0]), "stds, weights", "0.0"),
     refuse(57, "means", lambda: GaussianMixtureOracle(TABLE, [0.0], [1.0]), "means, stds, weights", "(1,)"),

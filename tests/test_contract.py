@@ -7,7 +7,6 @@ import ast
 import inspect
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 from affine import affine_law, last, sampler_law
@@ -18,18 +17,18 @@ from diffusion_edu.guidance import (
     Wrapped,
     classifier,
     classifier_free,
-    gradient,
     reschedule,
     static_threshold,
     trace,
 )
+from diffusion_edu.likelihood import ode_log_prob
 from diffusion_edu.oracles import DatasetOracle, GaussianMixtureOracle, GaussianOracle
 from diffusion_edu.process import VE, VESDE, VPSDE, DiscreteVP, q_sample, quadratic, uniform_log_snr
 from diffusion_edu.samplers import (
     chain,
     churn,
     ddim_step,
-    euler_maruyama_step,
+    flow,
     guided_mean,
     heun_step,
     keep_known,
@@ -40,6 +39,7 @@ from diffusion_edu.samplers import (
     make_langevin_step,
     noises,
     noises_per_sample,
+    reverse_diffusion_step,
     sample,
 )
 from diffusion_edu.schedules import geometric_sigmas, karras_sigmas, linear_beta, swiss_beta
@@ -62,7 +62,7 @@ def test_annealed_langevin_over_given_sigmas():
 def test_predictor_corrector_on_vesde():
     oracle = GaussianOracle(VESDE(sigma_max=10.0), mean=1.3, var=0.25)
     times = oracle.process.grid(500, spacing=uniform_log_snr(t_min=1e-3))
-    predictor_corrector = chain(euler_maruyama_step, make_langevin_step(r=0.01))
+    predictor_corrector = chain(reverse_diffusion_step, make_langevin_step(r=0.01))
     mean, var = sampler_law(predictor_corrector, oracle, times, start_std=10.0)
     assert abs(mean - 1.3) < 0.02 and abs(var - 0.25) < 0.02
 
@@ -173,17 +173,10 @@ def test_classifier_guidance_on_eps_and_on_the_mean_under_no_grad_and_inference_
 
 def test_probability_flow_likelihood():
     oracle, x0 = GaussianOracle(VPSDE(), mean=0.4, var=0.25), torch.linspace(-1, 2, 7, dtype=torch.float64)[:, None]
-    times = torch.linspace(1e-6, 1, 1001, dtype=torch.float64)
-
-    def velocity(x, t):
-        return oracle.process.drift(x, t) - oracle.process.diffusion(t) ** 2 * oracle(x, t).score / 2
-
-    x, divergence = x0, 0.0
-    for s, t in pairwise(times):  # the midpoint rule, upwards in time
-        middle = x + (t - s) / 2 * velocity(x, s)
-        x = x + (t - s) * velocity(middle, (s + t) / 2)
-        divergence += (t - s) * gradient(velocity, middle, (s + t) / 2)[:, 0]  # in 1-D, the gradient
-    assert torch.allclose(oracle.log_prob(x, times[-1]) + divergence, oracle.log_prob(x0, times[0]), atol=1e-4)
+    t_min, T = torch.tensor([1e-5, 1.0], dtype=torch.float64)
+    found = ode_log_prob(oracle, x0, t_min.item(), end_log_prob=lambda x: oracle.log_prob(x, T))
+    assert torch.allclose(found.log_prob, oracle.log_prob(x0, t_min), atol=1e-4)
+    assert torch.allclose(flow(oracle, found.x_T, 1.0, t_min.item()), x0, atol=1e-4)  # and back
 
 
 def test_train_on_a_table_and_sample_on_another_schedule():

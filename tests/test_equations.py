@@ -53,6 +53,12 @@ def test_every_id_has_one_home_and_a_title():
     assert {id: rows[id].home for id in homes} == homes
 
 
+def test_the_docstring_of_a_step_is_read_too(root):
+    text = 'STEP = 1\nSTEP.__doc__ = """S.\n\n    Equations: post.var\n    """\n'
+    write(root, "diffusion_edu/b.py", text)
+    assert equations.row("post.var", root).functions == [Place("diffusion_edu/b.py", 2, "STEP")]
+
+
 def test_an_id_leads_to_function_test_and_cell(root):
     row = equations.row("post.mean", root)
     assert row.functions == [Place("diffusion_edu/a.py", 2, "A.mean")]

@@ -28,6 +28,7 @@ SAME_FLOOR = {
     ("bits", "gaussian"),
     ("samplers", "guidance"),
     ("zoo", "elbo"),
+    ("zoo", "likelihood"),
     ("zoo", "checkpoint"),
     ("zoo", "training"),
     ("training", "checkpoint"),

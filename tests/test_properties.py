@@ -48,7 +48,7 @@ quick = settings(max_examples=30, deadline=None, derandomize=True, database=None
 SCHEDULES = {n: f for n, f in inspect.getmembers(schedules) if n.endswith("_beta") and n != "check_beta"}
 STEPS = {n: getattr(samplers, n) for n in dir(samplers) if n.endswith("_step") and not n.startswith("make_")}
 MAKERS = {n: getattr(samplers, n) for n in dir(samplers) if n.startswith("make_") and n.endswith("_step")}
-CORRECTORS = {"make_langevin_step"}  # leaves x at its level: one step does not lead from t to s
+CORRECTORS = {"make_langevin_step", "make_corrector_step"}  # leave x at its level: no step from t to s
 
 
 def concrete(cls):
@@ -95,6 +95,7 @@ def test_the_pieces_are_found():
     assert {"DiscreteVP", "VPSDE", "SubVPSDE", "VESDE", "VE", "TableVP"} <= {c.__name__ for c in PROCESSES}
     assert {"ddim_step", "heun_step", "euler_maruyama_step", "kernel_step"} <= set(STEPS)
     assert {"make_ddpm_step", "make_ddim_step", "make_dpmpp_2m_step", "make_langevin_step"} <= set(MAKERS)
+    assert {"reverse_diffusion_step", "rk4_step"} <= set(STEPS) and set(MAKERS) >= CORRECTORS
 
 
 # Schedules
@@ -369,7 +370,7 @@ def test_steps_forget_one_run_before_the_next(step):
     assert torch.equal(list(sample(one, model, half, grid[3:], noises(1)))[-1], fresh)
 
 
-@every_step
+@pytest.mark.parametrize("step", sorted({*STEPS, *MAKERS} - {"make_corrector_step"}))  # its step is the batch's mean
 def test_a_row_does_not_depend_on_the_batch_around_it(step):
     x, model = randn(4, 3), gaussian()
     go = lambda rows: list(

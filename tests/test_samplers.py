@@ -330,6 +330,7 @@ def test_euler_maruyama_is_the_ancestral_step_to_second_order():
     assert [round(math.log2(a / b)) for a, b in pairwise(gaps)] == [2, 2]
 
 
+@pytest.mark.equation("sde.reverse")
 def test_euler_maruyama_follows_the_reverse_sde_on_every_process():
     for process in (VPSDE(), SubVPSDE(), VESDE(sigma_max=10.0)):
         oracle, x, z = mixture(process), randn(3, 2), randn(3, 2, seed=1)

@@ -9,11 +9,13 @@ from . import Exercise
 def _denoising_term(alpha_bar, x0, x_t, t, mean, var, *, bug=None):
     """KL(q(x_{t-1} | x_t, x_0) || N(mean, var)) in nats, shape (B,); ``bug`` names one known mistake."""
     a, a_s = alpha_bar[t][:, None], alpha_bar[t - 1][:, None]
-    alpha, var = a / a_s, var[:, None]
+    alpha, var = a / a_s, var[:, None] ** (2 if bug == "squared" else 1)
     beta = 1 - alpha
     beta_tilde = (1 - a_s) / (1 - a) * beta
     from_x0 = a_s.sqrt() * (1.0 if bug == "beta lost" else beta) / (1 - a)
     from_x_t = alpha.sqrt() * (1 - (a if bug == "bar at t" else a_s)) / (1 - a)
+    if bug == "swapped":
+        from_x0, from_x_t = from_x_t, from_x0
     miss = (from_x_t * x_t + from_x0 * x0 - mean) ** 2
     ratio = (beta if bug == "beta" else beta_tilde) / var
     if bug == "turned round":
@@ -81,6 +83,8 @@ EXERCISES = {
                 _with("beta lost")
             ),
             "1 - alpha_bar of time t - 1 belongs in front of x_t (E001-08)": _with("bar at t"),
+            "the two weights of the mean are swapped: for small beta nearly all of it comes from x_t": _with("swapped"),
+            "var is a variance already; do not square it": _with("squared"),
             "this is the squared distance of the means alone; the two widths differ, too": _with("mean only"),
             "the widths are compared once; every one of the D dimensions has them": _with("shape once"),
             "twice the divergence: the factor 1/2 of a Gaussian's exponent is missing": _with("no half"),
@@ -91,12 +95,13 @@ EXERCISES = {
         1.0,
         mistakes={
             "this is the gap of the DDPM table in all; divide by its 999 steps and let beta go to 0": 983.7674905071024,
+            "this is an average over steps of different size; what does one lose when beta goes to 0?": 983.8 / 999,
             "half of it: x_{t-1} and x_{t+1} are two steps apart, so their squared distance is 2 beta": 0.5,
             "one factor 1/2 too few: the divergence has (difference of the means)^2 / (2 beta)": 2.0,
             "the true term is 0 in the limit; how large is the printed divergence?": 0.0,
             "the printed form is below the bound; count the loss as positive": -1.0,
         },
-        tol=1e-6,
+        tol=1e-4,  # 983.8 / 999, typed with four digits, is a known mistake; 0.9995, measured at T = 10000, is wrong
     ),
     "02.3": Exercise(
         _estimate,
@@ -116,6 +121,9 @@ EXERCISES = {
             ),
             "L_T is part of the bound, too, even though no network can change it (E004-12)": (
                 lambda L_T, terms, T: T * terms.mean()
+            ),
+            "the terms of a batch belong to random times, not to every t once: T times their mean, not their sum": (
+                lambda L_T, terms, T: L_T.mean() + terms.sum()
             ),
             "one estimate for each example; the question asks for their mean": lambda L_T, terms, T: L_T + T * terms,
         },
@@ -137,6 +145,13 @@ EXERCISES = {
             "this is the weight itself, in nats per squared error; divide by that of all times": (
                 lambda alpha_bar, a, b: _share(alpha_bar, a, b) * _total(alpha_bar)
             ),
+            "this is twice the weight itself; divide by that of all times": (
+                lambda alpha_bar, a, b: 2 * _share(alpha_bar, a, b) * _total(alpha_bar)
+            ),
+            "the weight of time b is in, too: it ends at SNR(b), not at SNR(b - 1)": (
+                lambda alpha_bar, a, b: _share(alpha_bar, a, b - 1)
+            ),
+            "SNR falls as t grows: SNR(a - 1) is the larger one": lambda alpha_bar, a, b: -_share(alpha_bar, a, b),
             "this is in per cent; the question asks for a share between 0 and 1": (
                 lambda alpha_bar, a, b: 100 * _share(alpha_bar, a, b)
             ),

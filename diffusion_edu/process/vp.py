@@ -69,7 +69,12 @@ class DiscreteVP(Process):
         return self.between.time_of(log_snr)
 
     def sample_t(self, n, generator=None):
-        """n training times, shape (n,): uniform on 1..T."""
+        r"""n training times, shape (n,): uniform on 1..T.
+
+        .. math:: \sum_{t=1}^T L_{t-1} = T\, E_{t \sim U\{1..T\}}[L_{t-1}]
+
+        Equations: elbo.mc_t
+        """
         return torch.randint(1, self.T + 1, (n,), generator=generator)
 
     def continuous(self):

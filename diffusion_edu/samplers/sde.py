@@ -115,16 +115,30 @@ reverse_diffusion_step.__doc__ = r"""The reverse SDE, discretised as the forward
 
 
 def rk4_step(model, x_t, t, s, noise=None):
-    r"""The probability-flow ODE by the classical Runge-Kutta rule: four evaluations, fourth order.
+    r"""The probability-flow ODE by the classical Runge-Kutta rule in the log SNR: four evaluations, fourth order.
 
-    At s = 0 the velocity may be singular (its noise level is 0): the last step is DDIM's, one evaluation. So is the
-    first from pure noise, where it is infinite. On a table, whose beta jumps at every integer, the order is lower.
+    At s = 0 the log SNR is infinite, and the last step is DDIM's, one evaluation. So is the first from pure noise,
+    where alpha_bar[T] = 0.
 
     Equations: sde.pf_ode
     """
     if s == 0 or (model.process.zero_terminal_snr and t == model.process.T):
         return ddim_step(model, x_t, t, s, noise)
-    return rk4(probability_flow(model), x_t, t.double(), s.double())
+    sde = model.process.continuous()
+    return rk4(per_log_snr(probability_flow(model), sde), x_t, sde.log_snr(t.double()), sde.log_snr(s.double()))
+
+
+def per_log_snr(velocity, sde):
+    r"""A velocity dx/dt as dx / d log SNR, a function (x, log_snr): no table's beta jumps there, nothing is singular.
+
+    .. math:: \frac{d \log\mathrm{SNR}}{dt} = -\frac{g(t)^2}{\mathrm{std}(t)^2}
+    """
+
+    def slope(x, log_snr):
+        t = sde.time_of(log_snr).clamp(max=sde.T)
+        return -expand((sde.marginal(t)[1] / sde.diffusion(t)) ** 2, x) * velocity(x, t)
+
+    return slope
 
 
 def rk4(velocity, x, t, s):
@@ -143,6 +157,7 @@ def flow(model, x, t, s, rtol=1e-6, atol=1e-6):
 
     .. math:: x(s) = x(t) + \int_t^s \Big(f(x, u) - \tfrac12 g(u)^2\, s_\theta(x, u)\Big)\,du
 
+    The steps are taken in the log SNR, where no table's beta jumps and nothing is singular near the data.
     Down, from T to a small t_min, it is a sampler; up, it encodes data as the noise that they come from.
 
     Parameters
@@ -150,7 +165,7 @@ def flow(model, x, t, s, rtol=1e-6, atol=1e-6):
     model : Model
     x : Tensor, shape (B, *D)
     t, s : float
-        Times in (0, T]: at 0 the velocity may be singular.
+        Times in (0, T]: at 0 the log SNR is infinite.
     rtol, atol : float
         Tolerances of the Runge-Kutta pair of order 5(4) (``scipy.integrate.solve_ivp``), for the whole batch.
 
@@ -161,30 +176,35 @@ def flow(model, x, t, s, rtol=1e-6, atol=1e-6):
     Raises
     ------
     FloatingPointError
-        If the solver gives up, for example on NaN.
+        If the model's answer is not finite, or the solver gives up.
 
     Equations: sde.pf_ode
     """
     t, s = (checks.real(n, v, 0, model.process.T, open_low=True) for n, v in (("t", t), ("s", s)))
-    velocity = probability_flow(model)
-    return evaluating(model, lambda _: integrate(lambda u, x: velocity(x, u), x, t, s, rtol, atol)[0])
+    velocity, sde = probability_flow(model), model.process.continuous()
+    return evaluating(model, lambda _: integrate(velocity, sde, x, t, s, rtol, atol)[0])
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def integrate(slope, x, t, s, rtol, atol):
-    """(x at s, number of evaluations) of dx/dt = slope(t, x), x a tensor, by ``solve_ivp`` in float64."""
+def integrate(velocity, sde, x, t, s, rtol, atol):
+    """(x at s, number of evaluations) of dx/dt = velocity(x, t), by ``solve_ivp`` in float64, in the log SNR."""
     from scipy.integrate import solve_ivp
 
     checks.real("rtol", rtol, 0, open_low=True), checks.real("atol", atol, 0, open_low=True)
+    slope, ends = per_log_snr(velocity, sde), [sde.log_snr(torch.tensor(u, dtype=torch.float64)) for u in (t, s)]
+    if sde.zero_terminal_snr and not all(end.isfinite() for end in ends):
+        checks.fail("model.process", "keep some signal at T: its log SNR is infinite there", "alpha_bar[T] = 0")
 
-    def flat(u, y):
-        u = min(max(u, min(t, s)), max(t, s))  # the solver adds up its steps: a rounding may lie beyond the end
-        value = slope(torch.tensor(u, dtype=torch.float64), torch.from_numpy(y).reshape(x.shape).to(x))
+    def flat(log_snr, y):
+        now = torch.full_like(ends[0], log_snr)  # where a table's tensors are
+        value = slope(torch.from_numpy(y).reshape(x.shape).to(x), now)
+        if not value.isfinite().all():
+            raise FloatingPointError(f"the velocity is not finite at t = {sde.time_of(now).item():g}")
         return value.double().cpu().numpy().ravel()
 
     start = checks.floating("x", x).detach().double().cpu().numpy().ravel()
-    found = solve_ivp(flat, (t, s), start, method="RK45", rtol=rtol, atol=atol)
+    found = solve_ivp(flat, [end.item() for end in ends], start, method="RK45", rtol=rtol, atol=atol)
     if not found.success:
         raise FloatingPointError(f"the ODE from {t:g} to {s:g} was not solved: {found.message}")
     return torch.from_numpy(np.ascontiguousarray(found.y[:, -1])).reshape(x.shape).to(x), found.nfev
