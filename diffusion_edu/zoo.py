@@ -288,7 +288,7 @@ def evaluate(model, classifier=None):
     -------
     dict
         ``accuracy`` : share of samples (or test digits) that the classifier names as asked;
-        ``confident`` : on `VE`, of 300 annealed samples, the share on which the classifier is 90 % sure of some class;
+        ``confident`` : on `VE`, of 200 annealed samples, the share on which the classifier is 90 % sure of some class;
         ``frechet`` : Fréchet distance of the classifier's features, samples against the test half;
         ``floor`` : the same for the train half against the test half;
         ``bits_per_dim`` : bound on -log2 p of the test half per pixel, of 17 grey levels, for an HVAE (64 draws of
@@ -307,7 +307,7 @@ def evaluate(model, classifier=None):
         return {"bits_per_dim": round(bound_bits(make_ddpm_step(learned), model, x_test).mean().item(), 4)}
     classifier = classifier or load("digits_classifier")
     if isinstance(model.process, VE):
-        return walk_metrics(walk(model, 300), classifier)
+        return walk_metrics(walk(model, 200), classifier)
     y = torch.arange(900) % 10
     x0 = draw(model, y, n_steps=12)
     real, train_half = classifier.features(x_test), classifier.features(data.digits("train")[0])

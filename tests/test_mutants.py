@@ -14,7 +14,7 @@ from mutants import MUTANTS
 def outcomes():
     """What became of every mutant: all tried in one other process, since they change the package."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run([sys.executable, mutants.__file__], capture_output=True, text=True, env=env, timeout=900)
+    run = subprocess.run([sys.executable, mutants.__file__], capture_output=True, text=True, env=env, timeout=1800)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -7,14 +7,15 @@ import torch
 from . import Exercise
 
 
-def _flow_std(c, B):
-    """Standard deviation at time 0 of dx = [f - c g^2 score] dt, from N(0, 1) data and a start in N(0, 1)."""
-    return math.exp((0.5 - c) * B)
+def _flow_std(c, var, T, *, start=lambda var, T: var + T**2):
+    """Standard deviation at time 0 of dx = -c g^2 score dt on VE, g^2 = 2 t, from N(0, var + T^2)."""
+    return math.sqrt(start(var, T)) * (var / (var + T**2)) ** c
 
 
-def _rate_std(beta_min, beta_max, *, root=lambda low, high: 2 * (high**1.5 - low**1.5) / (3 * (high - low))):
-    """The same with g in place of g^2 under the half: exp of half the integral of beta - sqrt(beta)."""
-    return math.exp((beta_min + beta_max) / 4 - root(beta_min, beta_max) / 2)
+def _rate_std(beta, var, *, half=0.5, start=lambda beta, var: 1 + (var - 1) * math.exp(-beta), root=math.sqrt):
+    """The same on VP with a constant rate, with g in place of g^2 under the half, from q_1."""
+    inverse = math.log((math.exp(beta) + var - 1) / var) / beta  # the integral of 1 / v
+    return math.sqrt(start(beta, var)) * math.exp(half * (beta - root(beta) * inverse))
 
 
 def _trace_variances(A, *, symmetric=lambda A: (A + A.T) / 2, factor=2):
@@ -37,40 +38,41 @@ def _matrix(n, seed):
 EXERCISES = {
     "10.1": Exercise(
         _flow_std,
-        inputs=((1.0, 10.05), (0.5, 10.05), (0.0, 3.0), (0.7, 2.0)),
+        inputs=((1.0, 1.0, 10.0), (0.5, 0.25, 3.0), (0.0, 0.3, 2.0), (0.7, 2.0, 1.5)),
         mistakes={
-            "this is a variance; the question asks for a standard deviation": lambda c, B: _flow_std(c, B) ** 2,
-            "this is the way up, from 0 to T; samples go down, so the exponent changes its sign": (
-                lambda c, B: 1 / _flow_std(c, B)
+            "this is a variance; the question asks for a standard deviation": lambda *case: _flow_std(*case) ** 2,
+            "the walkers start in N(0, s^2 + T^2), not in N(0, T^2)": (
+                lambda *case: _flow_std(*case, start=lambda var, T: T**2)
             ),
-            "the score of N(0, 1) is -x, so -c g^2 times the score is +c beta x: the two terms differ in sign": (
-                lambda c, B: math.exp((0.5 + c) * B)
+            "this is the factor of one walker; the walkers start with standard deviation sqrt(s^2 + T^2)": (
+                lambda *case: _flow_std(*case, start=lambda var, T: 1.0)
             ),
-            "the drift is -beta x / 2, with its half: c = 1/2 must leave 1": lambda c, B: math.exp((1 - c) * B),
-            "the variance stays 1 only for c = 1/2": lambda c, B: 1.0,
-            "c = 1/2 must leave the bell as it is": lambda c, B: math.exp(-c * B),
+            "g^2 = 2 t and the score has no 2: 2 t / (s^2 + t^2) integrates to the whole logarithm": (
+                lambda c, var, T: _flow_std(c / 2, var, T)
+            ),
+            "c stands where the half stood: c = 1/2 must give back s": lambda c, var, T: _flow_std(2 * c, var, T),
+            "upside down: the walkers go down from T to 0, and the flow draws them together": (
+                lambda c, var, T: _flow_std(-c, var, T)
+            ),
+            "that is right for c = 1/2 only": lambda c, var, T: math.sqrt(var),
         },
     ),
     "10.2": Exercise(
         _rate_std,
-        inputs=((0.1, 20.0), (0.5, 4.0), (1.0, 1.5), (0.01, 0.2)),
+        inputs=((10.0, 0.25), (0.5, 0.25), (1.0, 2.0), (4.0, 1.0)),
         mistakes={
-            "this is a variance; the question asks for a standard deviation": lambda *rate: _rate_std(*rate) ** 2,
-            "upside down: samples go down from T to 0": lambda *rate: 1 / _rate_std(*rate),
-            "under the half stands g = sqrt(beta), whose integral is that of a root; you took sqrt of the integral": (
-                lambda low, high: _rate_std(low, high, root=lambda low, high: ((low + high) / 2) ** 0.5)
+            "this is a variance; the question asks for a standard deviation": lambda *case: _rate_std(*case) ** 2,
+            "the walkers start in q_1, whose variance is not yet 1": (
+                lambda *case: _rate_std(*case, start=lambda beta, var: 1.0)
             ),
-            "the integral of sqrt(beta) is not sqrt of the mean of beta_min and beta_max's roots: beta is linear in t, "
-            "its root is not": (
-                lambda low, high: _rate_std(low, high, root=lambda low, high: (low**0.5 + high**0.5) / 2)
+            "upside down: the walkers go down from 1 to 0": lambda *case: _rate_std(*case, half=-0.5),
+            "both terms of the velocity carry a half": lambda *case: _rate_std(*case, half=1.0),
+            "that is with g^2, the right equation": lambda beta, var: math.sqrt(var),
+            "under the half stands g, and g = sqrt(beta)": (
+                lambda *case: _rate_std(*case, root=lambda beta: math.sqrt(math.sqrt(beta)))
             ),
-            "the slope of beta(t) is beta_max - beta_min: divide the antiderivative by it": (
-                lambda low, high: _rate_std(low, high, root=lambda low, high: 2 * (high**1.5 - low**1.5) / 3)
-            ),
-            "only the score's term is left: the drift -beta x / 2 acts, too": (
-                lambda low, high: _rate_std(low, high) / math.exp((low + high) / 4)
-            ),
-            "that is with g^2, the right equation: then nothing changes": lambda low, high: 1.0,
+            "the drift -beta x / 2 acts, too": lambda beta, var: _rate_std(beta, var) * math.exp(-beta / 2),
+            "only the drift is left: the score acts, too": lambda *case: _rate_std(*case, root=lambda beta: 0.0),
         },
     ),
     "10.3": Exercise(
