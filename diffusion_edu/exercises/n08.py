@@ -84,7 +84,7 @@ EXERCISES = {
             "x is multiplied by sqrt(alpha_bar) on its way into the network, not divided": (
                 _read_as(_alpha_bar, lambda a: a**-0.5)
             ),
-            "the input is scaled by sqrt(alpha_bar), the standard deviation's factor, not by alpha_bar": (
+            "the input is multiplied by sqrt(alpha_bar), the factor of the data, not by alpha_bar": (
                 _read_as(_alpha_bar, lambda a: a)
             ),
             "this is the score of x_t, the shrunk point: divide by sigma, the noise in x": (

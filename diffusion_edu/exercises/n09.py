@@ -60,17 +60,14 @@ def _ancestral(n, var=0.25):
     return _spread((1 - (1 - alpha) / v) / alpha.sqrt(), 1 - alpha)
 
 
-def _steps(variance, *, off=0.01, first=False, n_max=400):
-    """The number of steps from which on, up to n_max, the final variance is within 1 per cent of 0.25."""
-    good = [abs(variance(n) / 0.25 - 1) < off for n in range(1, n_max + 1)]
-    return 1 + good.index(True) if first else n_max + 1 - (good[::-1] + [False]).index(False)
+_OFF = [[abs(rule(n) / 0.25 - 1) for n in range(1, 401)] for rule in (_euler_maruyama, _ancestral)]
 
 
-def _both(**kw):
-    return _steps(_euler_maruyama, **kw), _steps(_ancestral, **kw)
+def _steps(bound=0.01, first=False):
+    """Numbers of steps from which on, up to 400, the final variance is within the bound; or where it first is."""
+    good = [[off < bound for off in rule] for rule in _OFF]
+    return tuple(1 + g.index(True) if first else len(g) + 1 - g[::-1].index(False) for g in good)
 
-
-_STEPS = _both()
 
 EXERCISES = {
     "09.1": Exercise(
@@ -83,7 +80,7 @@ EXERCISES = {
             "this is the integral of beta; alpha-bar is exp(- integral)": lambda t, c: -c * torch.log(1 - t),
             "beta is not constant: beta(t) t is not its integral": lambda t, c: torch.exp(-c * t / (1 - t)),
             "the share of the signal's variance is exp(- integral), not its square": lambda t, c: (1 - t) ** (2 * c),
-            "this is the product's last factor with dt = 1; alpha-bar multiplies them all": lambda t, c: 1 - c / (1 - t),
+            "this is one factor of the product, with dt = 1; alpha-bar multiplies many": lambda t, c: 1 - c / (1 - t),
         },
     ),
     "09.2": Exercise(
@@ -126,13 +123,13 @@ EXERCISES = {
         tol=0.01,
     ),
     "09.4": Exercise(
-        _STEPS,
+        _steps(),
         mistakes={
-            "the ancestral error passes through 0 near n = 11 and comes back: it must *stay* below": _both(first=True),
-            "these are for 2 per cent; the question asks for 1": _both(off=0.02),
-            "the pair is the other way round: Euler-Maruyama first": _STEPS[::-1],
-            "these are the last numbers of steps that fail; one more holds": tuple(n - 1 for n in _STEPS),
-            "one per cent of the variance is half a per cent of the standard deviation": _both(off=0.0201),
+            "the ancestral error passes through 0 near n = 11 and comes back: it must *stay* below": _steps(first=True),
+            "these are for 2 per cent; the question asks for 1": _steps(0.02),
+            "the pair is the other way round: Euler-Maruyama first": _steps()[::-1],
+            "these are the last numbers of steps that fail; one more holds": tuple(n - 1 for n in _steps()),
+            "one per cent of the variance is half a per cent of the standard deviation": _steps(0.0201),
         },
     ),
 }
