@@ -1128,7 +1128,9 @@ def _(original):
 def tests_pass(ids):
     """Whether all these tests pass, in this process."""
     import pytest
+    import torch
 
+    torch.set_default_dtype(torch.float32)  # a notebook may have left another
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         code = pytest.main([*(str(TESTS / i) for i in ids), "-x", "-q", "-p", "no:cacheprovider", "--tb=no"])
     if code not in (0, 1):
