@@ -14,7 +14,7 @@ from . import checks
 from .bits import log_likelihood
 from .gaussian import normal_entropy, normal_kl, normal_log_prob
 from .guidance import bind
-from .process import check_decreasing, expand, jump, posterior, q_sample, terminal_kl
+from .process import check_decreasing, check_whole, expand, jump, posterior, q_sample, terminal_kl
 from .samplers import KernelStep, evaluating, learned, make_ddpm_step
 
 
@@ -371,10 +371,8 @@ def _kernel(step, model, x_t, t, s):
 
 
 def _whole(process, times):
-    """Times that run from T to 0."""
-    times = check_decreasing(process.check_times(times, "times"))
-    if times[0] != process.T or times[-1] != 0:
-        checks.fail("times", f"run from T = {process.T:g} to 0", f"{times[0].item():g} to {times[-1].item():g}")
+    """Times that run from T to 0, of a process that ends in the prior."""
+    times = check_whole(process, times)
     if process.marginal(times[0])[1] > 1 + 1e-6:
         checks.fail("model.process", "end in N(0, I), the prior of the bound", type(process).__name__)
     return times

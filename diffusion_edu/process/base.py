@@ -157,6 +157,14 @@ def check_decreasing(times):
     return times
 
 
+def check_whole(process, times):
+    """Decreasing times of a process that run from T to 0."""
+    times = check_decreasing(process.check_times(times, "times"))
+    if times[0] != process.T or times[-1] != 0:
+        checks.fail("times", f"run from T = {process.T:g} to 0", f"{times[0].item():g} to {times[-1].item():g}")
+    return times
+
+
 class SDE(Process):
     r"""A process in continuous time.
 

@@ -73,17 +73,7 @@ def make_langevin_step(r=0.1, n_steps=1):
     .. [1] Song and Ermon, 2019, arXiv:1907.05600, algorithm 1.
     """
     r = checks.real("r", r, 0, open_low=True)
-    n_steps = checks.integer("n_steps", n_steps, 1)
-
-    def step(model, x_t, t, s, noise):
-        x = x_t
-        for _ in range(n_steps if t > 0 else 0):
-            pred = model(x, t)
-            epsilon = r * pred.std**2
-            x = x + epsilon * pred.score + (2 * epsilon).sqrt() * checks.same_shape("noise(x)", noise(x), "x", x)
-        return x
-
-    return step
+    return _updates(lambda pred, z: r * pred.std**2, n_steps)
 
 
 def make_corrector_step(snr=0.16, n_steps=1):
@@ -115,15 +105,24 @@ def make_corrector_step(snr=0.16, n_steps=1):
     .. [1] Song et al., 2021, arXiv:2011.13456, algorithms 4-5.
     """
     r = checks.real("snr", snr, 0, open_low=True)
+
+    def epsilon(pred, z):
+        norm_z, norm_s = (v[:, None].flatten(1).norm(dim=1).mean() for v in (z, pred.score))
+        return expand(2 * (r * norm_z / norm_s) ** 2, z)
+
+    return _updates(epsilon, n_steps)
+
+
+def _updates(step_size, n_steps):
+    """The step that makes ``n_steps`` Langevin updates at t, with epsilon = step_size(prediction, noise)."""
     n_steps = checks.integer("n_steps", n_steps, 1)
 
     def step(model, x_t, t, s, noise):
         x = x_t
         for _ in range(n_steps if t > 0 else 0):
-            score, z = model(x, t).score, checks.same_shape("noise(x)", noise(x), "x", x)
-            norm_z, norm_s = (v[:, None].flatten(1).norm(dim=1).mean() for v in (z, score))
-            epsilon = expand(2 * (r * norm_z / norm_s) ** 2, x)
-            x = x + epsilon * score + (2 * epsilon).sqrt() * z
+            pred, z = model(x, t), checks.same_shape("noise(x)", noise(x), "x", x)
+            epsilon = step_size(pred, z)
+            x = x + epsilon * pred.score + (2 * epsilon).sqrt() * z
         return x
 
     return step

@@ -10,7 +10,7 @@ from .. import checks
 from ..bits import log_likelihood
 from ..gaussian import normal_log_prob
 from ..nets.autoencoder import GaussianMLP
-from ..process import check_decreasing, expand, jump
+from ..process import check_whole, expand, jump
 from .estimators import kl_std_normal, reparameterize
 
 
@@ -240,11 +240,7 @@ def diffusion_as_hvae(step, model, times):
     if not hasattr(step, "kernel"):
         rule = "be a Gaussian step (KernelStep), such as make_ddpm_step(beta)"
         checks.fail("step", rule, checks.shown(step), TypeError)
-    times = check_decreasing(model.process.check_times(times, "times"))
-    if times[0] != model.process.T or times[-1] != 0:
-        rule = f"run from T = {model.process.T:g} to 0"
-        checks.fail("times", rule, f"{times[0].item():g} to {times[-1].item():g}")
-    pairs = list(pairwise(times))[::-1]
+    pairs = list(pairwise(check_whole(model.process, times)))[::-1]
 
     def encoder(t, s):
         scale, std = jump(model.process, t, s)
