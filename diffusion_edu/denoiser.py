@@ -15,18 +15,21 @@ READINGS = {
 }
 
 
+def _check_parts(net, process):
+    """The process, after a look at it and at the network."""
+    if not callable(net) or isinstance(net, type):
+        checks.fail("net", "be a network, such as UNet()", checks.shown(net), TypeError)
+    if not isinstance(process, Process):
+        checks.fail("process", "be a Process, such as DiscreteVP(linear_beta(1000))", checks.shown(process), TypeError)
+    return process
+
+
 class _NetModel(nn.Module):
     """A network on a process; what `Denoiser` and `EDMDenoiser` share."""
 
     def __init__(self, net, process, learned_variance):
         super().__init__()
-        if not callable(net) or isinstance(net, type):
-            checks.fail("net", "be a network, such as UNet()", checks.shown(net), TypeError)
-        if not isinstance(process, Process):
-            rule = "be a Process, such as DiscreteVP(linear_beta(1000))"
-            checks.fail("process", rule, checks.shown(process), TypeError)
-        self.net = net
-        self.process = process
+        self.net, self.process = net, _check_parts(net, process)
         self.learned_variance = learned_variance
 
     def levels(self, x_t, t):
@@ -128,3 +131,45 @@ class EDMDenoiser(_NetModel):
         out, frac = self.run(x_t / norm, 250 * log_sigma, cond)
         x0 = (scale * sd**2 / norm**2) * x_t + (std * sd / norm) * out
         return Prediction.from_x0(x_t, scale, std, x0, frac)
+
+
+class NoisyClassifier(nn.Module):
+    r"""A classifier that knows how noisy its input is: p(y | x_t) at every time.
+
+    .. math:: \log p_\phi(y \mid x_t) = \log\mathrm{softmax}_y\, f_\phi\Big(\frac{x_t}{\sqrt{a^2 + b^2}},\ t\Big)
+
+    with a = scale and b = std; the network is called like `Denoiser`'s and returns logits.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Maps (B, *D), (B,) to logits (B, n_classes): ``Classifier(time=True)`` or ``MLP(out_dim=n_classes)``.
+    process : Process
+
+    Equations: cg.classifier
+
+    References
+    ----------
+    .. [1] Dhariwal and Nichol, 2021, arXiv:2105.05233, section 4.
+    """
+
+    def __init__(self, net, process):
+        super().__init__()
+        self.net, self.process = net, _check_parts(net, process)
+
+    def forward(self, x_t, t):
+        """Log probabilities of the classes, shape (B, n_classes), for x_t (B, *D) at times t, 0-d or (B,)."""
+        checks.batch_of_times("t", t, len(checks.floating("x_t", x_t)))
+        scale, std = (expand(c, x_t) for c in self.process.levels(t))
+        clock = self.process.clock(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        return self.net(x_t / (scale**2 + std**2).sqrt(), clock.expand(len(x_t))).log_softmax(1)
+
+    def log_prob(self, y):
+        """The function (x_t, t) -> log p(y | x_t), shape (B,), that guidance takes the gradient of.
+
+        Parameters
+        ----------
+        y : Tensor, shape (B,), int64
+            The classes wanted.
+        """
+        return lambda x_t, t: self(x_t, t).gather(1, y[:, None])[:, 0]

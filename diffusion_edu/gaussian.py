@@ -236,6 +236,34 @@ def normal_kl(mean1, var1, mean2, var2):
     return 0.5 * (excess - log_ratio + (mean1 - mean2) ** 2 / var2)
 
 
+def guided_normal(y, r2, w, mean=0.0, var=1.0):
+    r"""Mean and variance of a Gaussian prior times a Gaussian likelihood to the power w.
+
+    .. math:: \mathcal N(x; m, s^2)\, \mathcal N(y; x, r^2)^w \propto
+              \mathcal N\Big(x;\ \frac{m / s^2 + w y / r^2}{1 / s^2 + w / r^2},\ \frac{1}{1 / s^2 + w / r^2}\Big)
+
+    Parameters
+    ----------
+    y : Tensor or float
+        What was measured.
+    r2 : Tensor or float
+        Variance of the measurement.
+    w : float
+        Guidance scale: 0 leaves the prior, 1 is the posterior, above 1 is sharper. At least 0.
+    mean, var : Tensor or float
+        m and s^2 of the prior.
+
+    Returns
+    -------
+    mean, var : Tensor
+
+    Equations: cg.gaussian_closed_form, cg.tradeoff
+    """
+    precision = 1 / _variance("var", var) + checks.real("w", w, 0) / _variance("r2", r2)
+    pull = _tensor("mean", mean) / _variance("var", var) + w * _tensor("y", y) / _variance("r2", r2)
+    return pull / precision, 1 / precision
+
+
 def kl_equal_var(mean1, mean2, var):
     r"""KL divergence between two Gaussians of the same variance: a scaled squared distance, in nats.
 

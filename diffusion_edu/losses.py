@@ -67,6 +67,36 @@ def denoising_loss(model, x0, t, eps, target="eps", weight=None, **cond):
     return loss if weight is None else weight(model.process, t).to(loss) * loss
 
 
+def classifier_loss(model, x0, t, eps, y):
+    r"""Cross-entropy of a noise-aware classifier, for ``fit(model, x0, Recipe(loss=classifier_loss), y=y)``.
+
+    .. math:: \ell = -\log p_\phi(y \mid x_t), \qquad x_t = \mathrm{scale}(t)\,x_0 + \mathrm{std}(t)\,\epsilon
+
+    Its minimum is the class posterior q(y | x_t). The classifier is trained apart from the diffusion model, and acts
+    on samples only.
+
+    Parameters
+    ----------
+    model : NoisyClassifier
+        ``model(x_t, t)`` -> log probabilities (B, n_classes).
+    x0, eps : Tensor, shape (B, *D)
+    t : Tensor, shape (B,)
+    y : Tensor, shape (B,), int64
+
+    Returns
+    -------
+    Tensor, shape (B,), in nats
+
+    Equations: cg.classifier
+
+    References
+    ----------
+    .. [1] Dhariwal and Nichol, 2021, arXiv:2105.05233, section 4.
+    """
+    log_prob = model(q_sample(model.process, x0, t, eps), t)
+    return -log_prob.gather(1, checks.labels("y", y, len(x0), log_prob.shape[1])[:, None])[:, 0]
+
+
 def loss_ratio(process, t, target):
     r"""How many times the squared error of x0 the squared error of a target is.
 
@@ -167,3 +197,43 @@ def min_snr_weight(target="eps", gamma=5.0):
         return cut.nan_to_num(1.0, posinf=math.inf)  # 0 / 0 without signal, for eps and score: the limit
 
     return weight
+
+
+def truncated_snr_weight(process, t):
+    r"""Weight of an x0 loss that never vanishes where there is no signal, as the SNR, that of eps, does.
+
+    .. math:: w(t) = \max(\mathrm{SNR}(t), 1)
+
+    Parameters
+    ----------
+    process : Process
+    t : Tensor, 0-d or shape (B,)
+        Times above 0.
+
+    Returns
+    -------
+    Tensor, shaped like ``t``, float64
+
+    Equations: distill.weight
+
+    References
+    ----------
+    .. [1] Salimans and Ho, 2022, arXiv:2202.00512, section 4.
+    """
+    return loss_ratio(process, t, "eps").clamp(min=1)
+
+
+def snr_plus_one_weight(process, t):
+    r"""Weight of an x0 loss that makes it the loss of v.
+
+    .. math:: w(t) = 1 + \mathrm{SNR}(t), \qquad w(t)\,\|x_0 - \hat x_0\|^2 = \|v - \hat v\|^2
+
+    Parameters and result as in `truncated_snr_weight`.
+
+    Equations: distill.weight
+
+    References
+    ----------
+    .. [1] Salimans and Ho, 2022, arXiv:2202.00512, section 4.
+    """
+    return loss_ratio(process, t, "v")

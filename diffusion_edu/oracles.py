@@ -159,6 +159,28 @@ class GaussianMixtureOracle(Oracle):
         """log q_t(k | x), shape (B, K): the exact noise-aware classifier."""
         return self._components(x, t)[0].log_softmax(1)
 
+    def tempered_log_density(self, x, t, y, w):
+        r"""What guidance with scale w aims at, at one time, up to a constant; shape (B,), nats.
+
+        .. math:: \log q_t(x) + w \log q_t(y \mid x), \qquad
+                  \nabla_x = \nabla\log q_t(x) + w\,\nabla\log q_t(y \mid x)
+
+        Its gradient is the guided score exactly. But the densities at different t are not one diffusion of the one at
+        t = 0, so a guided sampler does not end in it.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, D)
+        t : Tensor, 0-d or shape (B,)
+        y : Tensor, shape (B,), int64
+        w : float
+
+        Equations: cg.tempered, cfg.tempered
+        """
+        log_joint = self._components(x, t)[0]
+        checks.labels("y", y, len(x), len(self.means))
+        return log_joint.logsumexp(1) + w * log_joint.log_softmax(1).gather(1, y[:, None])[:, 0]
+
     def sample(self, n, generator=None):
         """n clean points (n, D) in float64 and the component (n,) each came from."""
         k = torch.multinomial(self.log_weights.exp(), max(checks.integer("n", n, 0), 1), True, generator=generator)[:n]

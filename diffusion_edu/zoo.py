@@ -4,15 +4,12 @@ A config is a TOML file: ``diffusion-edu train digits_unet -o data/zoo/digits_un
 ``configs/digits_unet.toml``. ``load`` finds it again and needs no config: the card holds it.
 """
 
-import inspect
 import math
 import os
 import platform
 import sys
 import time
-import tomllib
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,132 +18,18 @@ from torch import nn
 from . import checks, data
 from .bits import bits_per_dim, dequantize
 from .checkpoint import load_weights, read_card, save_weights
-from .denoiser import READINGS, Denoiser
-from .elbo import bound_term, hybrid_loss
-from .guidance import classifier_free
+from .config import Config, call, read_config
+from .denoiser import Denoiser, NoisyClassifier
+from .distill import fit_student
+from .elbo import bound_term
+from .guidance import bind, classifier_free
 from .likelihood import ode_log_prob, probes
 from .metrics import frechet_distance
-from .nets.classifier import Classifier
-from .nets.mlp import MLP
-from .nets.unet import UNet
-from .process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, terminal_kl, uniform_log_snr
-from .samplers import learned, make_ddpm_step, make_dpmpp_2m_step, make_langevin_step, noises, sample
-from .schedules import cosine_beta, geometric_sigmas, linear_beta, quadratic_beta, sigmoid_beta
-from .training import Recipe, averaged, dequantized, fit, fit_classifier, fit_vae, level_times, log_normal_times
-from .vae import HVAE, make_hvae
-
-BETAS = {"linear": linear_beta, "cosine": cosine_beta, "quadratic": quadratic_beta, "sigmoid": sigmoid_beta}
-
-
-def table(beta, **arguments):
-    """`DiscreteVP` on the named schedule, such as ``beta = "cosine"``, with the schedule's arguments."""
-    return DiscreteVP(_call("process", BETAS[checks.one_of("process.beta", beta, tuple(BETAS))], arguments))
-
-
-def hybrid(vlb_weight=1e-3, levels=None):
-    """`elbo.hybrid_loss` with these arguments."""
-    return partial(hybrid_loss, vlb_weight=vlb_weight, levels=levels)
-
-
-NETS = {"UNet": UNet, "MLP": MLP, "Classifier": Classifier, "HVAE": make_hvae}
-PROCESSES = {"VPSDE": VPSDE, "SubVPSDE": SubVPSDE, "VESDE": VESDE, "VE": VE, "DiscreteVP": table}
-TIMES = {"log_normal_times": log_normal_times, "level_times": level_times}
-AUGMENTS = {"dequantized": dequantized}
-LOSSES = {"hybrid_loss": hybrid}
-CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a stored network is made from; the tables keep the arguments of what they name by ``kind``.
-
-    Attributes
-    ----------
-    about : str
-        One sentence for the card.
-    net : dict
-        ``kind`` (UNet, MLP, Classifier or HVAE) and its arguments.
-    recipe : dict
-        Arguments of `Recipe`; ``sample_t`` may be a table with ``kind = "log_normal_times"``, ``loss`` one with
-        ``kind = "hybrid_loss"``, ``augment`` one with ``kind = "dequantized"``.
-    process : dict or None
-        ``kind`` and arguments of a process, for DiscreteVP the name of its ``beta``; None for a classifier or an HVAE.
-    predicts : {"v", "eps", "x0", "score"}
-    learned_variance : bool
-        Whether the network says the variance, too.
-    ema : float
-        Decay of the weight average; 0 keeps the raw weights.
-    """
-
-    about: str
-    net: dict
-    recipe: dict
-    process: dict | None = None
-    predicts: str = "v"
-    ema: float = 0.0
-    learned_variance: bool = False
-
-    def __post_init__(self):
-        checks.real("ema", self.ema, low=0, high=1)
-        checks.one_of("predicts", self.predicts, tuple(READINGS))
-        self.make_recipe()
-
-    def make_recipe(self):
-        """The `Recipe` of the table."""
-        table = dict(self.recipe)
-        if "sample_t" in table:
-            table["sample_t"] = _make("recipe.sample_t", table["sample_t"], TIMES)
-        if "loss" in table:
-            table["loss"] = _make("recipe.loss", table["loss"], LOSSES)
-        if "augment" in table:
-            table["augment"] = _make("recipe.augment", table["augment"], AUGMENTS)
-        return _call("recipe", Recipe, table)
-
-    def make_model(self):
-        """The untrained `Denoiser`, classifier or HVAE; its weights follow the recipe's seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.make_recipe().seed)
-            net = _make("net", self.net, NETS)
-        if self.process is None:
-            return net
-        return Denoiser(net, _make("process", self.process, PROCESSES), self.predicts, self.learned_variance)
-
-
-def _make(where, table, kinds):
-    """Call what the table's ``kind`` names with the rest of the table."""
-    if not isinstance(table, dict):
-        checks.fail(where, "be a table with the key 'kind'", repr(table), TypeError)
-    table = dict(table)
-    return _call(where, kinds[checks.one_of(f"{where}.kind", table.pop("kind", None), tuple(kinds))], table)
-
-
-def _call(where, function, table):
-    """``function(**table)``; an unknown key is refused with a suggestion."""
-    named = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    for key in table if len(named) == len(inspect.signature(function).parameters) else ():
-        checks.one_of(f"key in {where}", key, tuple(named))
-    for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in table:
-            checks.fail(where, f"have the key {name!r}", f"only {', '.join(table) or 'nothing'}")
-    return function(**table)
-
-
-def read_config(source):
-    """The `Config` of a shipped name (``digits_unet``) or of a path to a TOML file."""
-    path = Path(source)
-    if path.suffix != ".toml":
-        shipped = sorted(p.stem for p in CONFIGS.glob("*.toml"))
-        path = CONFIGS / f"{checks.one_of('config', str(source), tuple(shipped))}.toml"
-    elif not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not valid TOML: {error}") from None
-    for field in fields(Config)[:3]:
-        if field.name not in table:
-            checks.fail(f"config {path.name}", f"have the key {field.name!r}", f"only {', '.join(table) or 'nothing'}")
-    return _call("config", Config, table)
+from .process import VE, VPSDE, q_sample, terminal_kl, uniform_log_snr
+from .samplers import ddim_step, learned, make_ddpm_step, make_dpmpp_2m_step, make_langevin_step, noises, sample
+from .schedules import geometric_sigmas
+from .training import averaged, fit, fit_classifier, fit_vae
+from .vae import HVAE
 
 
 def train(source, out):
@@ -157,35 +40,48 @@ def train(source, out):
     from tqdm.auto import tqdm
 
     config = read_config(source)
+    if config.distill:
+        checks.real("ema", config.ema, 0, 0)
     Path(out).mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the training
     recipe, model = config.make_recipe(), config.make_model()
     x0, y = data.digits("train")
     ema = averaged(model, config.ema) if config.ema else None
     judge = load("digits_classifier") if _draws(model) else None  # a missing judge is told before the training
-    if isinstance(model, Denoiser):
-        cond = {"y": y} if config.net.get("n_classes") else {}
-        losses = fit(model, x0, recipe, ema=ema, **cond)
-    elif isinstance(model, HVAE):
-        losses = fit_vae(model, x0, recipe, ema=ema)
-    else:
-        losses = fit_classifier(model, x0, y, recipe)
+    n_steps, losses = _training(config, model, x0, y, ema)
     start = time.perf_counter()
-    for _ in tqdm(losses, total=recipe.n_steps, desc=Path(out).name, unit="step"):
+    for _ in tqdm(losses, total=n_steps, desc=Path(out).name, unit="step"):
         pass
     minutes = (time.perf_counter() - start) / 60
     model = (ema.module if ema else model).eval()
     card = {
         "config": asdict(config),
         "seed": recipe.seed,
-        "steps": recipe.n_steps,
+        "steps": n_steps,
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "minutes": round(minutes, 2),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "metrics": evaluate(model, judge),
+        "metrics": evaluate(model, judge, **({"distill": config.distill} if config.distill else {})),
     }
     card = read_card(save_weights(out, model, card))
     print(f"{out}: {card['metrics']}", file=sys.stderr)
     return card
+
+
+def _training(config, model, x0, y, ema):
+    """(number of optimiser steps, generator of their losses) of a config's training."""
+    recipe, cond = config.make_recipe(), {"y": y} if config.net.get("n_classes") else {}
+    if config.distill:
+        model.load_state_dict(load(config.distill["teacher"]).state_dict())
+        times, steps = digit_grid(model.process, config.distill["teacher_steps"]), config.distill["steps"]
+        rounds = round(math.log2(config.distill["teacher_steps"] / steps))
+        return rounds * recipe.n_steps, fit_student(model, x0, recipe, times, steps, **cond)
+    if isinstance(model, Denoiser):
+        return recipe.n_steps, fit(model, x0, recipe, ema=ema, **cond)
+    if isinstance(model, NoisyClassifier):
+        return recipe.n_steps, fit(model, x0, recipe, ema=ema, y=y)
+    if isinstance(model, HVAE):
+        return recipe.n_steps, fit_vae(model, x0, recipe, ema=ema)
+    return recipe.n_steps, fit_classifier(model, x0, y, recipe)
 
 
 def load(name):
@@ -204,7 +100,7 @@ def load(name):
         If the zoo has no such network, or its files are damaged.
     """
     folder = folder_of(name)
-    config = _call("config", Config, read_card(folder)["config"])
+    config = call("config", Config, read_card(folder)["config"])
     model = config.make_model()
     load_weights(folder, model)
     return model.eval()
@@ -220,8 +116,13 @@ def folder_of(name):
     return zoo / checks.one_of("name", name, tuple(sorted(path.parent.name for path in zoo.glob("*/card.json"))))
 
 
+def digit_grid(process, n_steps):
+    """Times for digits: equal steps in log SNR from T down to std / scale = 0.02, then 0."""
+    return process.grid(n_steps, uniform_log_snr(process.time_of(torch.tensor(-2 * math.log(0.02))).item()))
+
+
 def draw(model, y, w=1.0, n_steps=16, seed=0):
-    """Digits of the given classes: DPM-Solver++(2M) in uniform log SNR steps from T down to std / scale = 0.02.
+    """Digits of the given classes, by DPM-Solver++(2M) on `digit_grid`.
 
     Parameters
     ----------
@@ -236,11 +137,32 @@ def draw(model, y, w=1.0, n_steps=16, seed=0):
     -------
     Tensor, shape (B, 1, 8, 8), in [-1, 1]
     """
-    process, noise = model.process, noises(seed)
-    t_min = process.time_of(torch.tensor(-2 * math.log(0.02), dtype=torch.float64)).item()
-    times = process.grid(n_steps, uniform_log_snr(t_min))
-    guided = classifier_free(model, w, y=y)
-    *_, x0 = sample(make_dpmpp_2m_step(), guided, process.prior((len(y), 1, 8, 8), noise), times, noise)
+    times = digit_grid(model.process, n_steps)
+    return _from_noise(make_dpmpp_2m_step(), classifier_free(model, w, y=y), times, len(y), seed)
+
+
+def student_draw(model, y, distill, seed=0):
+    """Digits of the given classes by a student, on its own grid, by DDIM.
+
+    Parameters
+    ----------
+    model : Model
+    y : Tensor, shape (B,), int64
+    distill : dict
+        ``teacher_steps`` and ``steps``, as on its card.
+    seed : int
+
+    Returns
+    -------
+    Tensor, shape (B, 1, 8, 8), in [-1, 1]
+    """
+    times = digit_grid(model.process, distill["teacher_steps"])[:: distill["teacher_steps"] // distill["steps"]]
+    return _from_noise(ddim_step, bind(model, y=y), times, len(y), seed)
+
+
+def _from_noise(step, model, times, n, seed):
+    noise = noises(seed)
+    *_, x0 = sample(step, model, model.process.prior((n, 1, 8, 8), noise), times, noise)
     return x0.clamp(-1, 1)
 
 
@@ -279,7 +201,7 @@ def walk_metrics(x0, classifier):
 
 
 @torch.no_grad()
-def evaluate(model, classifier=None):
+def evaluate(model, classifier=None, distill=None):
     """The headline metrics that a card holds: of 900 unguided samples, or of a model of another kind on the test half.
 
     900, because the Fréchet distance falls with the number of samples and the train half, its floor, has 901.
@@ -293,12 +215,15 @@ def evaluate(model, classifier=None):
         ``floor`` : the same for the train half against the test half;
         ``bits_per_dim`` : bound on -log2 p of the test half per pixel, of 17 grey levels, for an HVAE (64 draws of
         each digit) and for a model with a learned variance (1,000 steps; see `bound_bits`); for an unconditional
-        VP model -log2 p itself, of the first 100 test digits, dequantised (see `density_bits`).
+        VP model -log2 p itself, of the first 100 test digits, dequantised (see `density_bits`);
+        ``accuracy_0.5`` and others : of a noise-aware classifier, on test digits at std / scale = 0.5, ...
     """
     x_test, y_test = data.digits("test")
     if isinstance(model, HVAE):
         nats = torch.stack([-model.elbo(x_test, noise) for noise in map(noises, range(64))])
         return {"bits_per_dim": round(bits_per_dim(nats.double().mean().item(), 64), 4)}
+    if isinstance(model, NoisyClassifier):
+        return {f"accuracy_{sigma:g}": _noisy_accuracy(model, x_test, y_test, sigma) for sigma in (0.1, 0.5, 1, 2)}
     if not isinstance(model, Denoiser):
         return {"accuracy": accuracy(model, x_test, y_test)}
     if _density(model):
@@ -309,7 +234,7 @@ def evaluate(model, classifier=None):
     if isinstance(model.process, VE):
         return walk_metrics(walk(model, 200), classifier)
     y = torch.arange(900) % 10
-    x0 = draw(model, y, n_steps=12)
+    x0 = student_draw(model, y, distill) if distill else draw(model, y, n_steps=12)
     real, train_half = classifier.features(x_test), classifier.features(data.digits("train")[0])
     return {
         "accuracy": accuracy(classifier, x0, y),
@@ -402,3 +327,10 @@ def _density(model):
 def accuracy(classifier: nn.Module, x, y):
     """Share of the images that the classifier names as labelled."""
     return round((classifier(x).argmax(1) == y).double().mean().item(), 4)
+
+
+def _noisy_accuracy(classifier, x, y, sigma):
+    """Accuracy on digits noised to std / scale = sigma."""
+    process = classifier.process
+    t = process.time_of(torch.tensor(-2 * math.log(sigma), dtype=torch.float64))
+    return accuracy(lambda x: classifier(x, t), q_sample(process, x, t, noises(0)(x)), y)

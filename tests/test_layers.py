@@ -17,7 +17,7 @@ FLOORS = [
     "process prediction nets",
     "denoiser oracles kernel_model",
     "losses samplers guidance metrics vae score_matching",
-    "training checkpoint zoo elbo likelihood distill cascade latent unclip editing",
+    "training checkpoint config zoo elbo likelihood distill cascade latent unclip editing",
     "viz widgets teach exercises labs notebooks equations demo cli",
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
@@ -27,6 +27,11 @@ SAME_FLOOR = {
     ("process", "prediction"),
     ("bits", "gaussian"),
     ("samplers", "guidance"),
+    ("config", "elbo"),
+    ("config", "training"),
+    ("distill", "training"),
+    ("zoo", "config"),
+    ("zoo", "distill"),
     ("zoo", "elbo"),
     ("zoo", "likelihood"),
     ("zoo", "checkpoint"),

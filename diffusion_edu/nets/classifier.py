@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .layers import group_norm
+from .layers import Conditioning, group_norm
 
 
 class Classifier(nn.Module):
@@ -18,9 +18,11 @@ class Classifier(nn.Module):
     width : int
         Channels of the first convolution, a multiple of 8.
     n_features : int
+    time : bool
+        Whether the network is told the time, as `denoiser.NoisyClassifier` does.
     """
 
-    def __init__(self, in_channels=1, size=8, n_classes=10, width=32, n_features=64):
+    def __init__(self, in_channels=1, size=8, n_classes=10, width=32, n_features=64, time=False):
         super().__init__()
         self.shape = (in_channels, size, size)
         self.body = nn.Sequential(
@@ -34,13 +36,18 @@ class Classifier(nn.Module):
             nn.Linear(2 * width * (size // 2) ** 2, n_features),
         )
         self.head = nn.Linear(n_features, n_classes)
+        self.condition = Conditioning(n_features) if time else None
 
-    def features(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, H, W) in [-1, 1] -> (B, n_features)."""
+    def features(self, x: Tensor, clock: Tensor | None = None) -> Tensor:
+        """``x`` (B, C, H, W) in [-1, 1], ``clock`` (B,) if the network is told the time -> (B, n_features)."""
         if x.shape[1:] != self.shape:
             checks.fail("x", f"have shape (B, {', '.join(map(str, self.shape))})", tuple(x.shape))
-        return F.silu(self.body(x))
+        if (clock is None) != (self.condition is None):
+            rule = "be left out" if self.condition is None else "be given"
+            checks.fail("clock", f"{rule}: time={self.condition is not None}", "None" if clock is None else "a tensor")
+        h = self.body(x)
+        return F.silu(h if clock is None else h + self.condition(clock))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, clock: Tensor | None = None) -> Tensor:
         """Logits, shape (B, n_classes)."""
-        return self.head(self.features(x))
+        return self.head(self.features(x, clock))

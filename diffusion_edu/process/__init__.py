@@ -7,7 +7,7 @@ Every process here is Gaussian and linear, so one pair of numbers per time says 
 Time 0 is clean data and ``process.T`` is the last time, on every process.
 """
 
-from .base import SDE, Process, check_decreasing, check_whole, expand, quadratic, uniform, uniform_log_snr
+from .base import SDE, Process, check_decreasing, check_whole, expand, karras, quadratic, uniform, uniform_log_snr
 from .conditionals import forward_step, jump, posterior, q_sample, terminal_kl
 from .ve import VE, VESDE
 from .vp import VPSDE, DiscreteVP, SubVPSDE, TableVP
@@ -26,6 +26,7 @@ __all__ = [
     "expand",
     "forward_step",
     "jump",
+    "karras",
     "posterior",
     "q_sample",
     "quadratic",

@@ -29,14 +29,37 @@ def quadratic(process, n):
 
 def uniform_log_snr(t_min):
     """Equal steps in log SNR from T down to ``t_min``, then one step to 0."""
+    return _down_to(t_min, lambda log_snr: log_snr, lambda steps: steps)
+
+
+def karras(t_min, rho=7.0):
+    r"""EDM's noise levels from T down to ``t_min``, then one step to 0: equal steps in sigma^(1/rho), on any process.
+
+    .. math:: \sigma_i = \Big(\sigma_T^{1/\rho} + \tfrac{i}{n - 1}
+              (\sigma_{t_{min}}^{1/\rho} - \sigma_T^{1/\rho})\Big)^\rho, \qquad \sigma = \mathrm{std}/\mathrm{scale}
+
+    rho = 1 steps equally in sigma itself; as rho grows, this becomes `uniform_log_snr`.
+
+    Equations: edm.sigma_grid
+
+    References
+    ----------
+    .. [1] Karras et al., 2022, arXiv:2206.00364, Eq. 5.
+    """
+    checks.real("rho", rho, 0, open_low=True)
+    return _down_to(t_min, lambda log_snr: (-log_snr / (2 * rho)).exp(), lambda steps: -2 * rho * steps.log())
+
+
+def _down_to(t_min, forth, back):
+    """The spacing of equal steps in a function ``forth`` of the log SNR, whose inverse is ``back``."""
 
     def spacing(process, n):
         checks.real("t_min", t_min, 1 if process.discrete else 0, process.T, open_low=not process.discrete)
         if process.zero_terminal_snr:
             checks.fail("process", "have a finite log SNR at T for this spacing", "alpha_bar[T] = 0")
-        ends = process.log_snr(torch.tensor([process.T, t_min], dtype=torch.float64).to(process.time_dtype))
-        log_snr = torch.linspace(ends[0].item(), ends[1].item(), n, dtype=torch.float64)
-        times = torch.cat([process.time_of(log_snr), torch.zeros(1, dtype=torch.float64)])
+        ends = forth(process.log_snr(torch.tensor([process.T, t_min], dtype=torch.float64).to(process.time_dtype)))
+        steps = torch.linspace(ends[0].item(), ends[1].item(), n, dtype=torch.float64)
+        times = torch.cat([process.time_of(back(steps)), torch.zeros(1, dtype=torch.float64)])
         times[0] = process.T  # exactly, whatever the inverse rounded
         return times
 
@@ -100,7 +123,7 @@ class Process(nn.Module, abc.ABC):
         n_steps : int
             At least 1; at most T on a table.
         spacing : function (process, n) -> Tensor, shape (n + 1,)
-            `uniform`, `quadratic`, `uniform_log_snr(t_min)` or your own.
+            `uniform`, `quadratic`, `uniform_log_snr(t_min)`, `karras(t_min)` or your own.
 
         Returns
         -------

@@ -7,8 +7,8 @@ import torch
 
 from .. import checks
 from ..process import SDE, expand, jump
+from .ddim import ddim_step
 from .driver import KernelStep, evaluating
-from .stochastic import ddim_step
 
 
 def reverse_sde(sde, model, eta=1.0):

@@ -1,4 +1,4 @@
-"""Steps that draw from a Gaussian: ancestral sampling, DDIM's family and learned kernels."""
+"""Steps that draw from a Gaussian: ancestral sampling and learned kernels."""
 
 import torch
 
@@ -89,45 +89,6 @@ def make_ddpm_step(variance=beta_tilde):
         return mean, variance(pred, model.process, t, s).sqrt()
 
     return KernelStep(kernel, draws_last=False)
-
-
-def make_ddim_step(eta=0.0):
-    r"""DDIM's family: eta = 0 is deterministic, eta = 1 is ancestral sampling with beta-tilde.
-
-    .. math:: x_s = a_s \hat x_0 + \sqrt{b_s^2 - \sigma^2}\,\hat\epsilon + \sigma z, \qquad
-              \sigma = \eta\,\frac{b_{t|s} b_s}{b_t} \quad (= \eta\sqrt{\tilde\beta_t})
-
-    with a = scale, b = std: A x_t + B eps + C z with A = a_s / a_t, B = sqrt(b_s^2 - sigma^2) - A b_t, C = sigma.
-
-    Parameters
-    ----------
-    eta : float
-        In [0, 1].
-
-    Returns
-    -------
-    Step
-
-    Equations: ddim.update, ddim.sigma_eta, param.ABC
-
-    References
-    ----------
-    .. [1] Song et al., "Denoising Diffusion Implicit Models", 2021, arXiv:2010.02502, Eq. 12 and 16.
-    """
-    eta = checks.real("eta", eta, 0, 1)
-
-    def kernel(model, x_t, t, s):
-        pred = model(x_t, t)
-        a_s, b_s = (expand(c, x_t) for c in model.process.marginal(s))
-        if eta == 0:
-            return a_s * pred.x0 + b_s * pred.eps, None
-        sigma = eta * posterior(model.process, pred.x0, x_t, t, s)[1]
-        return a_s * pred.x0 + (b_s**2 - sigma**2).clamp_min(0).sqrt() * pred.eps, sigma
-
-    return KernelStep(kernel)
-
-
-ddim_step = make_ddim_step()
 
 
 kernel_step = KernelStep(lambda model, x_t, t, s: model.reverse_kernel(x_t, t, s))
