@@ -1,17 +1,21 @@
-"""Weights on disk: a safetensors file beside a JSON card that holds its SHA-256. No pickle anywhere.
+"""Weights and whole training states on disk: safetensors beside JSON that holds their SHA-256. No pickle anywhere.
 
 A stored model is a folder with two files, ``weights.safetensors`` and ``card.json``. Both are written beside their
 final place, flushed to disk and moved over it, the card last; a folder caught in between is refused by the checksum.
+`Snapshots` are folders that appear under their name only when all in them is on disk.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
 WEIGHTS, CARD = "weights.safetensors", "card.json"
+MANIFEST, FORMAT = "manifest.jsonl", 1
 
 
 def save_weights(folder, module, card):
@@ -54,10 +58,14 @@ def write_atomically(path, blob):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+    _flush_folder(path.parent)  # the move itself
+
+
+def _flush_folder(path):
     if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)  # the move itself
-        os.close(directory)
+        folder = os.open(path, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load_weights(folder, module, config=None):
@@ -132,6 +140,103 @@ def _read_tensors(path, sha256):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"checkpoint {path} holds NaN or Inf in {name!r}")
     return {name.removeprefix("_orig_mod.").removeprefix("module."): t for name, t in tensors.items()}
+
+
+class Snapshots:
+    """The checkpoints of a run: folders ``step_00001000/`` with a safetensors file for each part of the state.
+
+    ``manifest.jsonl`` in each names the step, the run and the SHA-256 of every file, and carries its own. A folder is
+    written under another name and moved into place when all of it is on disk: killed at any moment, the newest complete
+    checkpoint stays whole.
+
+    Parameters
+    ----------
+    folder : path
+    keep : int
+        How many of the newest are kept.
+    run : dict
+        What the run is, JSON; a checkpoint of another run is refused.
+    """
+
+    def __init__(self, folder, keep, run):
+        self.folder, self.keep, self.run = Path(folder), keep, json.loads(json.dumps(run))
+
+    def save(self, step, files):
+        """Store ``files``, {name: {tensor name: tensor}}, as the state after ``step`` steps; returns the folder."""
+        from safetensors.torch import save
+
+        final = self.folder / f"step_{step:08d}"
+        if final.exists():  # the run that is resumed stored it already, bit for bit
+            return final
+        self._sweep()
+        part = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        blobs = {f"{name}.safetensors": save({n: t.contiguous() for n, t in files[name].items()}) for name in files}
+        sums = {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}
+        text = json.dumps({"format": FORMAT, "step": step, "run": self.run, "sha256": sums}, allow_nan=False).encode()
+        blobs[MANIFEST] = text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n"
+        try:
+            part.mkdir(parents=True)
+            for name, blob in blobs.items():
+                with open(part / name, "wb") as file:
+                    file.write(blob)
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(part, final)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if error.errno not in (errno.ENOSPC, errno.EFBIG):
+                raise
+            need, free = sum(map(len, blobs.values())) / 1e6, shutil.disk_usage(self.folder).free / 1e6
+            message = (
+                f"no space left writing {final} (need {need:.0f} MB, free {free:.0f} MB); older checkpoints are whole"
+            )
+            raise OSError(error.errno, message) from None
+        _flush_folder(self.folder)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def steps(self):
+        """The folders, oldest first."""
+        return sorted(self.folder.glob("step_*"))
+
+    def newest(self):
+        """(step, files) of the newest checkpoint, or None if there is none.
+
+        Raises
+        ------
+        ValueError
+            In one line: it is damaged, of another format or another run; the newest whole one before it is named.
+        """
+        folders = self.steps()
+        if not folders:
+            return None
+        try:
+            return self._read(folders[-1])
+        except (ValueError, FileNotFoundError) as error:
+            for older in reversed(folders[:-1]):
+                try:
+                    self._read(older)
+                except (ValueError, FileNotFoundError):
+                    continue
+                raise ValueError(f"{error}; remove {folders[-1]} to go on from {older.name}, which is whole") from None
+            raise
+
+    def _read(self, folder):
+        text, _, rest = _read(folder / MANIFEST).partition(b"\n")
+        if rest != hashlib.sha256(text).hexdigest().encode() + b"\n":
+            raise ValueError(f"checkpoint {folder / MANIFEST} is truncated or corrupt: it does not match its SHA-256")
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
+        _check_config(folder, manifest["run"], self.run)
+        sums = manifest["sha256"]
+        return manifest["step"], {name.split(".")[0]: _read_tensors(folder / name, sums[name]) for name in sums}
+
+    def _sweep(self):
+        """Remove what a killed run left half written."""
+        for stale in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _check_config(folder, stored, wanted):

@@ -104,10 +104,28 @@ def _parser():
     lab = command("lab", _lab, "write the student version of a notebook, and an nbgrader source")
     lab.add_argument("number", metavar="NN", help="number such as 04")
     lab.add_argument("-o", "--out", type=Path, required=True, help="folder of the lab")
-    train = command("train", _train, "train a network of the zoo from its config")
-    train.add_argument("config", metavar="CONFIG", help="name of a shipped config, or a path to one")
-    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the weights and their card")
+    _networks(command)
     return parser
+
+
+def _networks(command):
+    """The commands that train, draw and measure."""
+    train = command("train", _train, "train a network from its config")
+    train.add_argument("config", metavar="CONFIG", help="name of a shipped config, or a path to one")
+    train.add_argument("changes", metavar="KEY=VALUE", nargs="*", help="such as recipe.n_steps=100 run.precision=bf16")
+    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the weights and their card")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    train.add_argument("--dry-run", action="store_true", help="print size, operations and memory, and stop")
+    draw = command("sample", _sample, "draw images from a trained network")
+    draw.add_argument("folder", type=Path, metavar="FOLDER", help="what train wrote")
+    draw.add_argument("-o", "--out", type=Path, required=True, help="PNG file")
+    draw.add_argument("-n", type=int, default=64, help="number of images (default: 64)")
+    draw.add_argument("--steps", type=int, default=18, help="steps of the solver (default: 18)")
+    draw.add_argument("-w", type=float, default=1.0, help="guidance scale (default: 1, none)")
+    draw.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    judge = command("evaluate", _evaluate, "measure the samples of a trained network")
+    judge.add_argument("folder", type=Path, metavar="FOLDER", help="what train wrote")
+    judge.add_argument("-n", type=int, default=2000, help="number of samples (default: 2000)")
 
 
 def _demo(args):
@@ -117,9 +135,26 @@ def _demo(args):
 
 
 def _train(args):
+    from diffusion_edu import commands
+
+    if args.dry_run:
+        print(*commands.dry_run(args.config, args.changes), sep="\n")
+    else:
+        commands.train(args.config, args.out, args.changes, args.resume)
+
+
+def _sample(args):
+    from diffusion_edu import commands
+
+    commands.sample(args.folder, args.out, args.n, args.w, args.steps, args.seed)
+
+
+def _evaluate(args):
+    import json
+
     from diffusion_edu import zoo
 
-    zoo.train(args.config, args.out)
+    print(json.dumps(zoo.evaluate(*zoo.open_folder(args.folder), n=args.n)))
 
 
 def _notebooks_run(args):

@@ -2,25 +2,45 @@
 
 import inspect
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import checks
-from .denoiser import READINGS, Denoiser, NoisyClassifier
+from .data import cifar10, digits, fashion_mnist, photo_patches
+from .denoiser import READINGS, Denoiser, EDMDenoiser, NoisyClassifier
 from .elbo import hybrid_loss
-from .losses import classifier_loss, snr_plus_one_weight, truncated_snr_weight
+from .losses import classifier_loss, edm_weight, snr_plus_one_weight, truncated_snr_weight
 from .nets.classifier import Classifier
+from .nets.dit import DiT
 from .nets.mlp import MLP
 from .nets.unet import UNet
 from .process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE
-from .schedules import cosine_beta, linear_beta, quadratic_beta, sigmoid_beta
-from .training import Recipe, dequantized, level_times, log_normal_times
+from .runs import Run
+from .schedules import (
+    beta_from_log_snr,
+    cosine_beta,
+    cosine_log_snr,
+    linear_beta,
+    quadratic_beta,
+    shift_log_snr,
+    sigmoid_beta,
+)
+from .training import Recipe, dequantized, flipped, level_times, log_normal_times
 from .vae import make_hvae
 
 BETAS = {"linear": linear_beta, "cosine": cosine_beta, "quadratic": quadratic_beta, "sigmoid": sigmoid_beta}
+
+
+def shifted_cosine(T=1000, size=64, base=32):
+    """The cosine schedule of ``base`` pixels a side, shifted for ``size``."""
+    t = torch.arange(1, T + 1, dtype=torch.float64) / T
+    return beta_from_log_snr(shift_log_snr(cosine_log_snr(t), size, base))
+
+
+BETAS["shifted_cosine"] = shifted_cosine
 
 
 def table(beta, **arguments):
@@ -33,13 +53,25 @@ def hybrid(vlb_weight=1e-3, levels=None):
     return partial(hybrid_loss, vlb_weight=vlb_weight, levels=levels)
 
 
-NETS = {"UNet": UNet, "MLP": MLP, "Classifier": Classifier, "HVAE": make_hvae}
+NETS = {"UNet": UNet, "DiT": DiT, "MLP": MLP, "Classifier": Classifier, "HVAE": make_hvae}
 PROCESSES = {"VPSDE": VPSDE, "SubVPSDE": SubVPSDE, "VESDE": VESDE, "VE": VE, "DiscreteVP": table}
 TIMES = {"log_normal_times": log_normal_times, "level_times": level_times}
-AUGMENTS = {"dequantized": dequantized}
+AUGMENTS = {"dequantized": dequantized, "flipped": flipped}
 LOSSES = {"hybrid_loss": hybrid, "classifier_loss": lambda: classifier_loss}
-WEIGHTS = {"truncated_snr_weight": truncated_snr_weight, "snr_plus_one_weight": snr_plus_one_weight}
+WEIGHTS = {
+    "truncated_snr_weight": truncated_snr_weight,
+    "snr_plus_one_weight": snr_plus_one_weight,
+    "edm_weight": edm_weight(),
+}
 CONFIGS = Path(__file__).parent / "configs"
+
+
+def _patches(split, n=20000, size=32):
+    """Patches of photographs, other ones for the test."""
+    return photo_patches(n if split == "train" else n // 10, size, seed=0 if split == "train" else 1), None
+
+
+DATA = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "photo_patches": _patches}
 
 
 @dataclass(frozen=True)
@@ -58,7 +90,8 @@ class Config:
     process : dict or None
         ``kind`` and arguments of a process, for DiscreteVP the name of its ``beta``; None for an HVAE or a classifier
         of clean images. With one, a Classifier is a `NoisyClassifier`.
-    predicts : {"v", "eps", "x0", "score"}
+    predicts : {"v", "eps", "x0", "score", "edm"}
+        edm is `EDMDenoiser`'s preconditioning.
     learned_variance : bool
         Whether the network says the variance, too.
     ema : float
@@ -66,6 +99,12 @@ class Config:
     distill : dict or None
         Of a student: ``teacher`` (a name of the zoo, whose weights it starts from), ``teacher_steps`` and ``steps``, a
         power of two less; the recipe is that of each round, its ``weight`` a name.
+    data : dict
+        ``kind`` (digits, fashion_mnist, cifar10, photo_patches) and its arguments.
+    run : dict
+        Arguments of `Run`: how the machine is used. Empty for what `training.fit` does in minutes, in one go.
+    judge : str or None
+        The classifier of the zoo whose features measure the samples.
     """
 
     about: str
@@ -76,11 +115,30 @@ class Config:
     ema: float = 0.0
     learned_variance: bool = False
     distill: dict | None = None
+    data: dict = field(default_factory=lambda: {"kind": "digits"})
+    run: dict = field(default_factory=dict)
+    judge: str | None = None
 
     def __post_init__(self):
         checks.real("ema", self.ema, low=0, high=1)
-        checks.one_of("predicts", self.predicts, tuple(READINGS))
+        checks.one_of("predicts", self.predicts, (*READINGS, "edm"))
         self.make_recipe()
+        self.make_run()
+        checks.one_of("data.kind", self.data.get("kind"), tuple(DATA))
+
+    def make_run(self):
+        """The `Run` of the table."""
+        return call("run", Run, self.run)
+
+    def load_data(self, split):
+        """(x0, y) of the train or test half; y is None where there are no classes."""
+        return _make("data", self.data, {kind: partial(load, split) for kind, load in DATA.items()})
+
+    def shape(self):
+        """(C, H, W) of the images."""
+        size = self.data.get("size", 32)
+        shapes = {"digits": (1, 8, 8), "fashion_mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
+        return shapes.get(self.data["kind"], (3, size, size))
 
     def make_recipe(self):
         """The `Recipe` of the table."""
@@ -105,6 +163,8 @@ class Config:
         process = _make("process", self.process, PROCESSES)
         if isinstance(net, Classifier):
             return NoisyClassifier(net, process)
+        if self.predicts == "edm":
+            return EDMDenoiser(net, process, learned_variance=self.learned_variance)
         return Denoiser(net, process, self.predicts, self.learned_variance)
 
 
@@ -127,8 +187,11 @@ def call(where, function, table):
     return function(**table)
 
 
-def read_config(source):
-    """The `Config` of a shipped name (``digits_unet``) or of a path to a TOML file."""
+def read_config(source, changes=()):
+    """The `Config` of a shipped name (``digits_unet``) or of a path to a TOML file.
+
+    ``changes`` are strings ``key=value``, such as ``recipe.n_steps=100`` or ``run.precision=bf16``.
+    """
     path = Path(source)
     if path.suffix != ".toml":
         shipped = sorted(p.stem for p in CONFIGS.glob("*.toml"))
@@ -139,7 +202,25 @@ def read_config(source):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
-    for field in fields(Config)[:3]:
-        if field.name not in table:
-            checks.fail(f"config {path.name}", f"have the key {field.name!r}", f"only {', '.join(table) or 'nothing'}")
+    for change in changes:
+        _change(table, change)
+    for key in [key.name for key in fields(Config)[:3]]:
+        if key not in table:
+            checks.fail(f"config {path.name}", f"have the key {key!r}", f"only {', '.join(table) or 'nothing'}")
     return call("config", Config, table)
+
+
+def _change(table, change):
+    """Carry out one ``key=value``; the value is TOML, or else a plain word."""
+    name, equals, value = change.partition("=")
+    *tables, last = name.split(".")
+    if not equals or not last:
+        checks.fail("change", "look like recipe.n_steps=100", change)
+    for key in tables:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            checks.fail("change", f"name a table before its last dot; {key} is none", change)
+    try:
+        table[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = value

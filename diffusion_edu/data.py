@@ -1,10 +1,15 @@
-r"""Data that needs no download: 2-D toys, 1,797 real 8x8 digits and patches of two photographs.
+r"""Data that needs no download: 2-D toys, 1,797 real 8x8 digits, patches of two photographs; and two sets on your disk.
 
 Points are float32 of shape (n, 2); images are float32 in [-1, 1] of shape (n, C, H, W). Every draw takes a
 seed. Start with ``swiss_roll`` for the plane and ``digits`` for images.
 """
 
+import gzip
+import hashlib
 import math
+import os
+import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -135,6 +140,107 @@ def photo_patches(n: int, size: int, seed: int) -> Tensor:
     left = torch.randint(width - size + 1, (n,), generator=generator)
     patches = photos.unfold(2, size, 1).unfold(3, size, 1)[which, :, top, left]
     return patches.float() / 127.5 - 1
+
+
+def fashion_mnist(split: str = "train", folder=None) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST, 28x28 and black all round to 32x32, from the four gzipped IDX files on your disk.
+
+    Parameters
+    ----------
+    split : {"train", "test"}
+        60,000 and 10,000 images.
+    folder : path or None
+        None: ``fashion-mnist/`` in ``$DIFFUSION_EDU_DATA``.
+
+    Returns
+    -------
+    x0 : Tensor, shape (N, 1, 32, 32), float32 in [-1, 1]
+    y : Tensor, shape (N,), int64
+        T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, boot.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing: says where the files are to be had.
+    ValueError
+        If a file is damaged: names it.
+    """
+    prefix = {"train": "train", "test": "t10k"}[checks.one_of("split", split, ("train", "test"))]
+    images = _idx(_disk("fashion-mnist", folder, f"{prefix}-images-idx3-ubyte.gz", FASHION), 3, FASHION_SHA256[split])
+    labels = _idx(_disk("fashion-mnist", folder, f"{prefix}-labels-idx1-ubyte.gz", FASHION), 1)
+    x0 = torch.nn.functional.pad(images.reshape(-1, 1, 28, 28).float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+    return x0, labels.long()
+
+
+FASHION = "its four files are at https://github.com/zalandoresearch/fashion-mnist"
+FASHION_SHA256 = {  # of the uncompressed images
+    "train": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "test": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+}
+
+
+def cifar10(split: str = "train", folder=None) -> tuple[Tensor, Tensor]:
+    """CIFAR-10, 32x32 in colour, from the files of its binary version on your disk (no pickle).
+
+    Parameters
+    ----------
+    split : {"train", "test"}
+        50,000 and 10,000 images.
+    folder : path or None
+        None: ``cifar-10-batches-bin/`` in ``$DIFFUSION_EDU_DATA``.
+
+    Returns
+    -------
+    x0 : Tensor, shape (N, 3, 32, 32), float32 in [-1, 1]
+    y : Tensor, shape (N,), int64
+    """
+    names = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+    where = "the binary version is at https://www.cs.toronto.edu/~kriz/cifar.html"
+    rows = []
+    for name in names[checks.one_of("split", split, ("train", "test"))]:
+        path = _disk("cifar-10-batches-bin", folder, name, where)
+        blob = path.read_bytes()
+        if len(blob) != 10_000 * 3073:
+            raise ValueError(f"{path} is damaged: {len(blob)} bytes in place of {10_000 * 3073}")
+        rows.append(torch.frombuffer(bytearray(blob), dtype=torch.uint8).reshape(10_000, 3073))
+    rows = torch.cat(rows)
+    if rows[:, 0].max() > 9:
+        raise ValueError(f"{path.parent} is damaged: a label is above 9")
+    return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 127.5 - 1, rows[:, 0].long()
+
+
+def _disk(default, folder, name, where):
+    """The path of a file of a data set, or an error that says where to get it."""
+    root = os.environ.get("DIFFUSION_EDU_DATA")
+    if folder is None and not root:
+        raise FileNotFoundError(f"set DIFFUSION_EDU_DATA to the folder that holds {default}/; {where}")
+    path = Path(folder or Path(root) / default) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {where}")
+    return path
+
+
+def _idx(path, n_dims, sha256=None):
+    """The array of bytes in a gzipped IDX file."""
+    try:
+        with gzip.open(path) as file:
+            blob = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    shape = [int.from_bytes(blob[i : i + 4], "big") for i in range(4, 4 + 4 * n_dims, 4)]
+    if blob[:4] != bytes([0, 0, 8, n_dims]) or len(blob) != 4 + 4 * n_dims + math.prod(shape):
+        raise ValueError(f"{path} is damaged: it is no IDX file of {n_dims} dimensions, or cut off")
+    if sha256 and hashlib.sha256(blob).hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not that of the published file")
+    return torch.frombuffer(bytearray(blob), dtype=torch.uint8, offset=4 + 4 * n_dims).reshape(shape)
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] as one, (C, rows H, columns W), filled up with -1."""
+    empty = -len(images) % checks.integer("columns", columns, 1)
+    images = torch.cat([images, images.new_full((empty, *images.shape[1:]), -1.0)])
+    rows = images.reshape(-1, columns, *images.shape[1:])
+    return rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def _generator(seed):

@@ -237,3 +237,62 @@ def snr_plus_one_weight(process, t):
     .. [1] Salimans and Ho, 2022, arXiv:2202.00512, section 4.
     """
     return loss_ratio(process, t, "v")
+
+
+def edm_weight(sigma_data=0.5):
+    r"""EDM's weight of an x0 loss: with its preconditioning, every noise level starts at the same loss, 1.
+
+    .. math:: w(\sigma) = \frac{\sigma^2 + \sigma_d^2}{(\sigma\,\sigma_d)^2} = \frac{1}{c_{out}(\sigma)^2}, \qquad
+              \sigma = \mathrm{std} / \mathrm{scale}
+
+    ``Recipe(target="x0", weight=edm_weight(), sample_t=log_normal_times())`` on an `EDMDenoiser` is EDM's training.
+
+    Parameters
+    ----------
+    sigma_data : float
+        Standard deviation of the data, as in `EDMDenoiser`.
+
+    Returns
+    -------
+    function (process, t) -> Tensor, shaped like ``t``
+
+    Equations: edm.loss
+
+    References
+    ----------
+    .. [1] Karras et al., 2022, arXiv:2206.00364, Eq. 8 and Table 1.
+    """
+    checks.real("sigma_data", sigma_data, 0, open_low=True)
+    return lambda process, t: loss_ratio(process, t, "eps") + sigma_data**-2
+
+
+def sigmoid_weight(bias=0.0, target="eps"):
+    r"""The sigmoid weight of an eps loss: falling in the log SNR, so that it is a bound on blurred data.
+
+    .. math:: w(\lambda) = \mathrm{sigmoid}(b - \lambda), \qquad \lambda = \log\mathrm{SNR}
+
+    Parameters
+    ----------
+    bias : float
+        b: the log SNR at which the weight is one half.
+    target : {"eps", "x0", "v", "score"}
+        What the loss compares; the weight is divided by its `loss_ratio` to that of eps.
+
+    Returns
+    -------
+    function (process, t) -> Tensor, shaped like ``t``
+
+    Equations: sid2.sigmoid_weight
+
+    References
+    ----------
+    .. [1] Kingma and Gao, 2023, arXiv:2303.00848; Hoogeboom et al., "Simpler Diffusion", 2024, arXiv:2410.19324.
+    """
+    checks.real("bias", bias)
+    checks.one_of("target", target, TARGETS)
+
+    def weight(process, t):
+        ratio = loss_ratio(process, t, "eps") / loss_ratio(process, t, target)
+        return torch.sigmoid(bias - process.log_snr(t)) * ratio
+
+    return weight

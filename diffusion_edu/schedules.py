@@ -209,6 +209,61 @@ def cosine_log_snr(t, low=-15.0, high=15.0):
     return -2 * torch.tan(start + t * (end - start)).log()
 
 
+def shift_log_snr(log_snr, size, base=64):
+    r"""A log SNR for images of ``size`` pixels a side that is, once they are averaged down to ``base``, the given one.
+
+    .. math:: \lambda_{size}(t) = \lambda(t) + 2\log\frac{base}{size}
+
+    The mean of r x r pixels keeps the picture and divides the variance of the noise by r^2: at the same log SNR a
+    larger image hides less. With base = size nothing changes.
+
+    Parameters
+    ----------
+    log_snr : Tensor
+        lambda(t) of a schedule made for ``base``, such as `cosine_log_snr`.
+    size, base : int
+        Side in pixels.
+
+    Returns
+    -------
+    Tensor, shaped like ``log_snr``
+
+    Equations: sched.shift, simple_diffusion.shift
+
+    References
+    ----------
+    .. [1] Hoogeboom et al., "simple diffusion", 2023, arXiv:2301.11093, section 3.1.
+    """
+    checks.integer("size", size, 1), checks.integer("base", base, 1)
+    return checks.floating("log_snr", log_snr) + 2 * math.log(base / size)
+
+
+def interpolated_log_snr(t, log_snr, size, base_low=32, base_high=256):
+    r"""Between two shifts: that of ``base_low`` at t = 1, in the noise, and that of ``base_high`` at t = 0.
+
+    .. math:: \lambda(t) + 2 t \log\frac{base_{low}}{size} + 2 (1 - t) \log\frac{base_{high}}{size}
+
+    Parameters
+    ----------
+    t : Tensor
+        In [0, 1], shaped like ``log_snr``.
+    log_snr : Tensor
+    size, base_low, base_high : int
+
+    Returns
+    -------
+    Tensor, shaped like ``t``
+
+    Equations: sched.shift
+
+    References
+    ----------
+    .. [1] Hoogeboom et al., 2023, arXiv:2301.11093, section 3.1.
+    """
+    t = checks.times_in("t", t, 0, 1, discrete=False)
+    return t * shift_log_snr(log_snr, size, base_low) + (1 - t) * shift_log_snr(log_snr, size, base_high)
+
+
 def zero_terminal_snr(beta):
     r"""The table shifted and scaled so that nothing of the data is left at T: alpha_bar[T] = 0, beta[T] = 1.
 

@@ -1,15 +1,13 @@
-"""Trained networks that the notebooks sample from: one config each, one command, one card.
+"""Trained networks that the notebooks sample from, and how good they are: one config each, one command, one card.
 
 A config is a TOML file: ``diffusion-edu train digits_unet -o data/zoo/digits_unet`` makes the network of
 ``configs/digits_unet.toml``. ``load`` finds it again and needs no config: the card holds it.
 """
 
+import copy
 import math
 import os
-import platform
-import sys
-import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,10 +15,9 @@ from torch import nn
 
 from . import checks, data
 from .bits import bits_per_dim, dequantize
-from .checkpoint import load_weights, read_card, save_weights
-from .config import Config, call, read_config
-from .denoiser import Denoiser, NoisyClassifier
-from .distill import fit_student
+from .checkpoint import load_weights, read_card
+from .config import Config, call
+from .denoiser import Denoiser, EDMDenoiser, NoisyClassifier
 from .elbo import bound_term
 from .guidance import bind, classifier_free
 from .likelihood import ode_log_prob, probes
@@ -28,60 +25,8 @@ from .metrics import frechet_distance
 from .process import VE, VPSDE, q_sample, terminal_kl, uniform_log_snr
 from .samplers import ddim_step, learned, make_ddpm_step, make_dpmpp_2m_step, make_langevin_step, noises, sample
 from .schedules import geometric_sigmas
-from .training import averaged, fit, fit_classifier, fit_vae
+from .training import batch_loss, draw_batch
 from .vae import HVAE
-
-
-def train(source, out):
-    """Train the network of a config on the train half of the digits and store it in the folder ``out``.
-
-    Prints a progress bar; returns the card, whose metrics `evaluate` measured on the stored weights.
-    """
-    from tqdm.auto import tqdm
-
-    config = read_config(source)
-    if config.distill:
-        checks.real("ema", config.ema, 0, 0)
-    Path(out).mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the training
-    recipe, model = config.make_recipe(), config.make_model()
-    x0, y = data.digits("train")
-    ema = averaged(model, config.ema) if config.ema else None
-    judge = load("digits_classifier") if _draws(model) else None  # a missing judge is told before the training
-    n_steps, losses = _training(config, model, x0, y, ema)
-    start = time.perf_counter()
-    for _ in tqdm(losses, total=n_steps, desc=Path(out).name, unit="step"):
-        pass
-    minutes = (time.perf_counter() - start) / 60
-    model = (ema.module if ema else model).eval()
-    card = {
-        "config": asdict(config),
-        "seed": recipe.seed,
-        "steps": n_steps,
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "minutes": round(minutes, 2),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "metrics": evaluate(model, judge, **({"distill": config.distill} if config.distill else {})),
-    }
-    card = read_card(save_weights(out, model, card))
-    print(f"{out}: {card['metrics']}", file=sys.stderr)
-    return card
-
-
-def _training(config, model, x0, y, ema):
-    """(number of optimiser steps, generator of their losses) of a config's training."""
-    recipe, cond = config.make_recipe(), {"y": y} if config.net.get("n_classes") else {}
-    if config.distill:
-        model.load_state_dict(load(config.distill["teacher"]).state_dict())
-        times, steps = digit_grid(model.process, config.distill["teacher_steps"]), config.distill["steps"]
-        rounds = round(math.log2(config.distill["teacher_steps"] / steps))
-        return rounds * recipe.n_steps, fit_student(model, x0, recipe, times, steps, **cond)
-    if isinstance(model, Denoiser):
-        return recipe.n_steps, fit(model, x0, recipe, ema=ema, **cond)
-    if isinstance(model, NoisyClassifier):
-        return recipe.n_steps, fit(model, x0, recipe, ema=ema, y=y)
-    if isinstance(model, HVAE):
-        return recipe.n_steps, fit_vae(model, x0, recipe, ema=ema)
-    return recipe.n_steps, fit_classifier(model, x0, y, recipe)
 
 
 def load(name):
@@ -99,11 +44,15 @@ def load(name):
     ValueError
         If the zoo has no such network, or its files are damaged.
     """
-    folder = folder_of(name)
+    return open_folder(folder_of(name))[0]
+
+
+def open_folder(folder):
+    """(model, config) of a folder that `train` made."""
     config = call("config", Config, read_card(folder)["config"])
     model = config.make_model()
     load_weights(folder, model)
-    return model.eval()
+    return model.eval(), config
 
 
 def folder_of(name):
@@ -121,24 +70,29 @@ def digit_grid(process, n_steps):
     return process.grid(n_steps, uniform_log_snr(process.time_of(torch.tensor(-2 * math.log(0.02))).item()))
 
 
-def draw(model, y, w=1.0, n_steps=16, seed=0):
-    """Digits of the given classes, by DPM-Solver++(2M) on `digit_grid`.
+def draw(model, y, w=1.0, n_steps=16, seed=0, shape=(1, 8, 8)):
+    """Images of the given classes, by DPM-Solver++(2M) on `digit_grid`.
 
     Parameters
     ----------
     model : Model
-        Class-conditional, on a process in continuous time, for images (1, 8, 8).
-    y : Tensor, shape (B,), int64
+        For images of ``shape``, class-conditional or not.
+    y : Tensor, shape (B,), int64, or int
+        The classes; or how many images, of a model without classes.
     w : float
         Guidance scale; 1 is none.
     n_steps, seed : int
+    shape : (int, int, int)
 
     Returns
     -------
-    Tensor, shape (B, 1, 8, 8), in [-1, 1]
+    Tensor, shape (B, *shape), in [-1, 1], on the CPU
     """
     times = digit_grid(model.process, n_steps)
-    return _from_noise(make_dpmpp_2m_step(), classifier_free(model, w, y=y), times, len(y), seed)
+    if isinstance(y, int):
+        return _from_noise(make_dpmpp_2m_step(), model, times, (y, *shape), seed)
+    device = next(model.parameters(), y).device
+    return _from_noise(make_dpmpp_2m_step(), classifier_free(model, w, y=y.to(device)), times, (len(y), *shape), seed)
 
 
 def student_draw(model, y, distill, seed=0):
@@ -157,13 +111,15 @@ def student_draw(model, y, distill, seed=0):
     Tensor, shape (B, 1, 8, 8), in [-1, 1]
     """
     times = digit_grid(model.process, distill["teacher_steps"])[:: distill["teacher_steps"] // distill["steps"]]
-    return _from_noise(ddim_step, bind(model, y=y), times, len(y), seed)
+    return _from_noise(ddim_step, bind(model, y=y), times, (len(y), 1, 8, 8), seed)
 
 
-def _from_noise(step, model, times, n, seed):
+def _from_noise(step, model, times, shape, seed):
     noise = noises(seed)
-    *_, x0 = sample(step, model, model.process.prior((n, 1, 8, 8), noise), times, noise)
-    return x0.clamp(-1, 1)
+    device = next(model.parameters(), times).device
+    x_T = model.process.prior(shape, noise).to(device)  # drawn on the CPU: the same picture on every device
+    *_, x0 = sample(step, model, x_T, times.to(device), noise)
+    return x0.clamp(-1, 1).cpu()
 
 
 def walk(model, n, r=0.5, n_steps=10, seed=0):
@@ -201,46 +157,77 @@ def walk_metrics(x0, classifier):
 
 
 @torch.no_grad()
-def evaluate(model, classifier=None, distill=None):
-    """The headline metrics that a card holds: of 900 unguided samples, or of a model of another kind on the test half.
+def evaluate(model, config=None, n=900):
+    """The headline metrics that a card holds: of n unguided samples, or of a model of another kind on the test half.
 
-    900, because the Fréchet distance falls with the number of samples and the train half, its floor, has 901.
+    The Fréchet distance falls with the number of samples: compare at equal n only. For digits n is 900, because the
+    train half, the floor, has 901.
+
+    Parameters
+    ----------
+    model : nn.Module
+    config : Config or None
+        Says data and judge; None: digits, judged by ``digits_classifier``.
+    n : int
 
     Returns
     -------
     dict
-        ``accuracy`` : share of samples (or test digits) that the classifier names as asked;
+        ``accuracy`` : share of samples (or test images) that the classifier names as asked;
         ``confident`` : on `VE`, of 200 annealed samples, the share on which the classifier is 90 % sure of some class;
-        ``frechet`` : Fréchet distance of the classifier's features, samples against the test half;
-        ``floor`` : the same for the train half against the test half;
+        ``frechet`` : Fréchet distance of the classifier's features, samples against as many test images, or all;
+        ``floor`` : the same for training images in place of samples;
         ``bits_per_dim`` : bound on -log2 p of the test half per pixel, of 17 grey levels, for an HVAE (64 draws of
         each digit) and for a model with a learned variance (1,000 steps; see `bound_bits`); for an unconditional
         VP model -log2 p itself, of the first 100 test digits, dequantised (see `density_bits`);
-        ``accuracy_0.5`` and others : of a noise-aware classifier, on test digits at std / scale = 0.5, ...
+        ``accuracy_0.5`` and others : of a noise-aware classifier, on test digits at std / scale = 0.5, ...;
+        ``loss`` : where there is no judge, the training loss on n test images.
     """
-    x_test, y_test = data.digits("test")
+    digits = config is None or config.data["kind"] == "digits"
+    x_test, y_test = data.digits("test") if config is None else config.load_data("test")
     if isinstance(model, HVAE):
         nats = torch.stack([-model.elbo(x_test, noise) for noise in map(noises, range(64))])
         return {"bits_per_dim": round(bits_per_dim(nats.double().mean().item(), 64), 4)}
     if isinstance(model, NoisyClassifier):
         return {f"accuracy_{sigma:g}": _noisy_accuracy(model, x_test, y_test, sigma) for sigma in (0.1, 0.5, 1, 2)}
-    if not isinstance(model, Denoiser):
+    if not isinstance(model, Denoiser | EDMDenoiser):
         return {"accuracy": accuracy(model, x_test, y_test)}
-    if _density(model):
+    if digits and _density(model):
         return {"bits_per_dim": round(density_bits(model, x_test[:100]).mean().item(), 4)}
-    if not _draws(model):
+    if digits and not _draws(model):
         return {"bits_per_dim": round(bound_bits(make_ddpm_step(learned), model, x_test).mean().item(), 4)}
-    classifier = classifier or load("digits_classifier")
-    if isinstance(model.process, VE):
-        return walk_metrics(walk(model, 200), classifier)
-    y = torch.arange(900) % 10
-    x0 = student_draw(model, y, distill) if distill else draw(model, y, n_steps=12)
-    real, train_half = classifier.features(x_test), classifier.features(data.digits("train")[0])
+    if digits and isinstance(model.process, VE) and isinstance(model, Denoiser):
+        return walk_metrics(walk(model, 200), load("digits_classifier"))
+    judge = "digits_classifier" if digits else config.judge
+    if judge is None:
+        return {"loss": _test_loss(model, config, x_test[:n], y_test)}
+    return _sample_metrics(model, config, load(judge), x_test, n)
+
+
+def _sample_metrics(model, config, classifier, x_test, n):
+    """Metrics of n samples of an image model, beside the floor of its training images."""
+    train_half = data.digits("train")[0] if config is None else config.load_data("train")[0]
+    y = torch.arange(n) % 10
+    if config is not None and config.distill:
+        x0 = student_draw(model, y, config.distill)
+    else:
+        x0 = draw(model, y, n_steps=12 if config is None else 18, shape=x_test.shape[1:])
+    classifier = classifier.to(x0.device)
+    features = [torch.cat([classifier.features(part) for part in x.split(500)]) for x in (x0, x_test, train_half[:n])]
     return {
         "accuracy": accuracy(classifier, x0, y),
-        "frechet": round(frechet_distance(classifier.features(x0), real), 3),
-        "floor": round(frechet_distance(train_half, real), 3),
+        "frechet": round(frechet_distance(features[0], features[1]), 3),
+        "floor": round(frechet_distance(features[2], features[1]), 3),
     }
+
+
+def _test_loss(model, config, x0, y):
+    """Mean training loss of test images."""
+    cond = {"y": y[: len(x0)]} if config.net.get("n_classes") else {}
+    recipe, generator = config.make_recipe(), torch.Generator().manual_seed(0)
+    batch = draw_batch(copy.deepcopy(model.process).cpu(), replace(recipe, p_drop=0.0), generator, x0, **cond)
+    device = next(model.parameters()).device
+    return round(batch_loss(model, recipe, {k: v.to(device) for k, v in batch.items()}).mean().item(), 4)
 
 
 @torch.no_grad()

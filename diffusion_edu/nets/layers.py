@@ -105,6 +105,8 @@ class Conditioning(nn.Module):
         None: no labels. Otherwise labels are 0..n_classes - 1, and one more row is learned: the null label.
     time : bool
         False leaves the clock out, for ablations.
+    deep : bool
+        Two layers and 256 features for the clock, as in DiT, in place of one and 64.
 
     Raises
     ------
@@ -112,21 +114,30 @@ class Conditioning(nn.Module):
         If ``y`` is missing from a conditional network or given to an unconditional one.
     """
 
-    def __init__(self, dim, n_classes=None, time=True):
+    def __init__(self, dim, n_classes=None, time=True, deep=False):
         super().__init__()
         self.dim, self.n_classes = dim, n_classes
-        self.time = nn.Linear(TIME_FEATURES, dim) if time else None
+        self.features = 256 if deep else TIME_FEATURES
+        self.time = nn.Linear(self.features, dim) if time else None
+        if deep:
+            self.time = nn.Sequential(self.time, nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(n_classes + 1, dim) if n_classes else None
 
     def forward(self, clock, y=None, drop=None):
+        parts = self.parts(clock, y, drop)
+        return sum(parts) if parts else clock.new_zeros(len(clock), self.dim, dtype=torch.get_default_dtype())
+
+    def parts(self, clock, y=None, drop=None):
+        """The embedded clock and the embedded label, each (B, dim), as far as the network is told of them."""
         parts = []
         if self.time is not None:
-            parts.append(self.time(time_embedding(clock, TIME_FEATURES).to(self.time.weight.dtype)))
+            dtype = next(self.time.parameters()).dtype
+            parts.append(self.time(time_embedding(clock, self.features).to(dtype)))
         if self.label is not None:
             parts.append(self.label(self._rows(clock, y, drop)))
         elif y is not None or drop is not None:
             checks.fail("y", "be left out: the network is unconditional (n_classes=None)", "labels")
-        return sum(parts) if parts else clock.new_zeros(len(clock), self.dim, dtype=torch.get_default_dtype())
+        return parts
 
     def _rows(self, clock, y, drop):
         if y is None:
@@ -266,3 +277,28 @@ class ResBlock(nn.Module):
         """``x`` (B, C_in, H, W), ``emb`` (B, cond_dim) -> (B, C_out, H, W)."""
         h = self.conv_in(F.silu(self.norm_in(x)))
         return self.skip(x) + self.conv_out(F.silu(self.norm_out(h, emb)))
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float = 0.3) -> Tensor:
+    r"""A sum of two branches that keeps their magnitude: unit variance in, unit variance out.
+
+    .. math:: \text{mp-sum}(a, b, t) = \frac{(1 - t)\,a + t\,b}{\sqrt{(1 - t)^2 + t^2}}
+
+    A plain residual sum of two independent branches doubles the variance, block after block.
+
+    Parameters
+    ----------
+    a, b : Tensor, of one shape
+    t : float
+        Share of ``b``, in [0, 1].
+
+    Equations: edm2.ema_and_mp
+
+    References
+    ----------
+    .. [1] Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2024, arXiv:2312.02696,
+       Eq. 88.
+    """
+    checks.same_shape("b", b, "a", checks.floating("a", a))
+    t = checks.real("t", t, 0, 1)
+    return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
