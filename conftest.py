@@ -7,6 +7,7 @@ NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 os.environ.pop("MPLBACKEND", None)  # agg would kill inline figures
 os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests run on the CPU; a process that has touched CUDA cannot fork
 os.environ.setdefault("DIFFUSION_EDU_PROFILE", "lecture")
 
 

@@ -51,14 +51,18 @@ def write_atomically(path, blob):
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(part, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(part, blob)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     _flush_folder(path.parent)  # the move itself
+
+
+def _write(path, blob):
+    with open(path, "wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush_folder(path):
@@ -96,7 +100,7 @@ def load_weights(folder, module, config=None):
     if config is not None:
         _check_config(folder, card.get("config", {}), config)
     tensors = _read_tensors(folder / WEIGHTS, card["sha256"])
-    _check_names(folder / WEIGHTS, tensors, module.state_dict())
+    check_names(folder / WEIGHTS, tensors, module.state_dict())
     module.load_state_dict(tensors)
     return card
 
@@ -161,36 +165,36 @@ class Snapshots:
     def __init__(self, folder, keep, run):
         self.folder, self.keep, self.run = Path(folder), keep, json.loads(json.dumps(run))
 
-    def save(self, step, files):
-        """Store ``files``, {name: {tensor name: tensor}}, as the state after ``step`` steps; returns the folder."""
+    def save(self, step, files, device="cpu"):
+        """Store ``files``, {name: {tensor name: tensor}}, as the state after ``step`` steps; returns the folder.
+
+        ``device`` is the kind of device that the state comes from: on another one, rounding differs.
+        """
         from safetensors.torch import save
 
         final = self.folder / f"step_{step:08d}"
         if final.exists():  # the run that is resumed stored it already, bit for bit
             return final
-        self._sweep()
         part = self.folder / f".{final.name}.{os.getpid()}.tmp"
         blobs = {f"{name}.safetensors": save({n: t.contiguous() for n, t in files[name].items()}) for name in files}
         sums = {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}
-        text = json.dumps({"format": FORMAT, "step": step, "run": self.run, "sha256": sums}, allow_nan=False).encode()
+        manifest = {"format": FORMAT, "step": step, "device": device, "run": self.run, "sha256": sums}
+        text = json.dumps(manifest, allow_nan=False).encode()
         blobs[MANIFEST] = text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n"
         try:
             part.mkdir(parents=True)
             for name, blob in blobs.items():
-                with open(part / name, "wb") as file:
-                    file.write(blob)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write(part / name, blob)
+            _flush_folder(part)
             os.replace(part, final)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            if error.errno not in (errno.ENOSPC, errno.EFBIG):
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             need, free = sum(map(len, blobs.values())) / 1e6, shutil.disk_usage(self.folder).free / 1e6
-            message = (
-                f"no space left writing {final} (need {need:.0f} MB, free {free:.0f} MB); older checkpoints are whole"
-            )
-            raise OSError(error.errno, message) from None
+            sizes = f"need {need:.1f} MB, free {free:.1f} MB"
+            raise OSError(f"no space left writing {final} ({sizes}); the checkpoints before it are whole") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # after a failure; else it has moved
         _flush_folder(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(old)
@@ -198,10 +202,11 @@ class Snapshots:
 
     def steps(self):
         """The folders, oldest first."""
-        return sorted(self.folder.glob("step_*"))
+        folders = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
+        return sorted(folders, key=lambda path: int(path.name[5:]))
 
     def newest(self):
-        """(step, files) of the newest checkpoint, or None if there is none.
+        """(step, files, device) of the newest checkpoint, or None if there is none.
 
         Raises
         ------
@@ -214,13 +219,15 @@ class Snapshots:
         try:
             return self._read(folders[-1])
         except (ValueError, FileNotFoundError) as error:
-            for older in reversed(folders[:-1]):
-                try:
-                    self._read(older)
-                except (ValueError, FileNotFoundError):
-                    continue
-                raise ValueError(f"{error}; remove {folders[-1]} to go on from {older.name}, which is whole") from None
-            raise
+            whole = next((folder.name for folder in reversed(folders[:-1]) if self._is_whole(folder)), None)
+            hint = f"; remove {folders[-1]} to go on from {whole}, which is whole" if whole else ""
+            raise ValueError(f"{error}{hint}") from None
+
+    def _is_whole(self, folder):
+        try:
+            return bool(self._read(folder))
+        except (ValueError, FileNotFoundError):
+            return False
 
     def _read(self, folder):
         text, _, rest = _read(folder / MANIFEST).partition(b"\n")
@@ -231,12 +238,16 @@ class Snapshots:
             raise ValueError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
         _check_config(folder, manifest["run"], self.run)
         sums = manifest["sha256"]
-        return manifest["step"], {name.split(".")[0]: _read_tensors(folder / name, sums[name]) for name in sums}
+        for name in sums:
+            if Path(name).name != name:
+                raise ValueError(f"checkpoint {folder} names a file that is not in it: {name}")
+        files = {name.split(".")[0]: _read_tensors(folder / name, sums[name]) for name in sums}
+        return manifest["step"], files, manifest["device"]
 
-    def _sweep(self):
+    def sweep(self):
         """Remove what a killed run left half written."""
-        for stale in self.folder.glob(".step_*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+        for stale in self.folder.glob(".*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def _check_config(folder, stored, wanted):
@@ -255,8 +266,8 @@ def _flat(config, prefix=""):
     return flat
 
 
-def _check_names(path, tensors, wanted):
-    """The same names with the same shapes."""
+def check_names(path, tensors, wanted):
+    """Tensors of a file that have the names and the shapes of those wanted."""
     missing = [name for name in wanted if name not in tensors]
     extra = sorted(name for name in tensors if name not in wanted)  # a file has no order
     reshaped = [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape]

@@ -40,13 +40,13 @@ def _dispatch(argv):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = _parser().parse_args(argv)
+        args = _parse(argv)
     except SystemExit as end:
         return end.code or 0
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("diffusion-edu: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"diffusion-edu: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise
@@ -71,6 +71,20 @@ def _interrupted(error):
             return True
         error = error.__context__
     return False
+
+
+def _parse(argv):
+    """The arguments; ``train`` takes its key=value words on both sides of the options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    changes = [word for word in rest if hasattr(args, "changes") and "=" in word and not word.startswith("-")]
+    if len(changes) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in changes)}")
+    if changes:
+        args.changes += changes
+    if hasattr(args, "changes") and not args.out and not args.dry_run:
+        parser.error("the following arguments are required: -o/--out")
+    return args
 
 
 def _parser():
@@ -113,7 +127,7 @@ def _networks(command):
     train = command("train", _train, "train a network from its config")
     train.add_argument("config", metavar="CONFIG", help="name of a shipped config, or a path to one")
     train.add_argument("changes", metavar="KEY=VALUE", nargs="*", help="such as recipe.n_steps=100 run.precision=bf16")
-    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the weights and their card")
+    train.add_argument("-o", "--out", type=Path, help="folder of the weights, their card and the run")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
     train.add_argument("--dry-run", action="store_true", help="print size, operations and memory, and stop")
     draw = command("sample", _sample, "draw images from a trained network")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from . import checks, data, runs
+from . import checks, data, machine, runs
 from .checkpoint import read_card, save_weights
 from .config import read_config
 from .denoiser import Denoiser, EDMDenoiser, NoisyClassifier
 from .distill import fit_student
+from .trainer import Trainer
 from .training import averaged, batch_loss, draw_batch, fit, fit_classifier, fit_vae
 from .vae import HVAE
 from .zoo import digit_grid, draw, evaluate, load, open_folder
@@ -38,30 +39,29 @@ def train(source, out, changes=(), resume=False):
         Go on with the run in ``out``.
     """
     config, out = read_config(source, changes), Path(out)
-    if config.distill:
-        checks.real("ema", config.ema, 0, 0)
     if resume and not config.run:
         checks.fail("resume", "be used with a config that has a table [run]", str(source))
     if not resume and (out / "run").exists():
         raise FileExistsError(f"{out} holds a run: use --resume to go on with it, or another folder")
-    out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the training
+    device = machine.choose_device(config.make_run().device)  # what is missing is told before the training
+    config.load_data("test")
     if config.judge:
-        load(config.judge)  # so is a missing judge
-    start = time.perf_counter()
-    with runs.processes(runs.choose_device(config.make_run().device)):
-        model, n_steps = (_long if config.run else _short)(config, out, resume)
-        if int(os.environ.get("RANK", 0)):
-            return None
-        card = {
-            "config": asdict(config),
-            "seed": config.make_recipe().seed,
-            "steps": n_steps,
-            "hardware": _hardware(next(model.parameters()).device),
-            "minutes": round((time.perf_counter() - start) / 60, 2),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "metrics": evaluate(model.eval(), config),
-        }
-    card = read_card(save_weights(out, model, card))
+        load(config.judge)
+    out.mkdir(parents=True, exist_ok=True)
+    with machine.processes(device):
+        model, n_steps, seconds = (_long if config.run else _short)(config, out, resume)
+    if int(os.environ.get("RANK", 0)):
+        return None
+    card = {
+        "config": asdict(config),
+        "seed": config.make_recipe().seed,
+        "steps": n_steps,
+        "hardware": _hardware(next(model.parameters()).device),
+        "minutes": round(seconds / 60, 2),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    save_weights(out, model, card)  # before anything can go wrong in the measuring
+    card = read_card(save_weights(out, model, card | {"metrics": evaluate(model.eval(), config)}))
     print(f"{out}: {card['metrics']}", file=sys.stderr)
     return card
 
@@ -73,29 +73,34 @@ def _hardware(device):
 
 
 def _short(config, out, resume):
-    """Train in one go; (model, number of steps)."""
+    """Train in one go; (model, number of steps, seconds)."""
     from tqdm.auto import tqdm
 
-    model = config.make_model()
+    model, start = config.make_model(), time.perf_counter()
     ema = averaged(model, config.ema) if config.ema else None
     n_steps, losses = _training(config, model, *config.load_data("train"), ema)
     for _ in tqdm(losses, total=n_steps, desc=out.name, unit="step"):
         pass
-    return (ema.module if ema else model), n_steps
+    return (ema.module if ema else model), n_steps, time.perf_counter() - start
 
 
 def _long(config, out, resume):
-    """Train as a run; (model, number of steps)."""
+    """Train as a run; (model, number of steps, seconds)."""
     x0, y = config.load_data("train")
-    cond = {} if y is None or not config.net.get("n_classes") else {"y": y}
-    trainer = runs.Trainer(config.make_model(), config.make_recipe(), config.make_run(), x0, cond, config.ema)
-    said = {key: value for key, value in asdict(config).items() if key not in ("run", "about")}
+    cond = {"y": y} if y is not None and config.net.get("n_classes") else {}
+    recipe, model = config.make_recipe(), config.make_model()
+    size, n_parameters = "x".join(map(str, x0.shape[1:])), sum(p.numel() for p in model.parameters())
+    told = ("run", "about", "judge")  # how it is run, called and judged may change on the way
+    said = {key: value for key, value in asdict(config).items() if key not in told}
 
     def on_samples(model, path):
         save_image(path, data.tile(draw(model.eval(), classes(config, 64), shape=x0.shape[1:]), 8))
 
-    runs.follow(trainer, out, said, on_samples, resume)
-    return trainer.best, trainer.recipe.n_steps
+    with machine.enough_memory(f"batches of {recipe.batch_size} images {size} and {n_parameters:,} parameters"):
+        trainer = Trainer(model, recipe, config.make_run(), x0, cond, config.ema)
+        torch.manual_seed(recipe.seed)  # for a network that draws, such as dropout; a checkpoint keeps the state
+        seconds = runs.follow(trainer, out, said, on_samples, resume)
+    return trainer.best, recipe.n_steps, seconds
 
 
 def dry_run(source, changes=()):
@@ -113,10 +118,11 @@ def dry_run(source, changes=()):
     batch, kept = draw_batch(model.process, recipe, torch.Generator(), x0, **cond), {}
 
     def keep(tensor):
-        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    own = {p.data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         batch_loss(model, recipe, batch).sum()
     rows = recipe.batch_size // config.make_run().accumulate
@@ -163,5 +169,10 @@ def _training(config, model, x0, y, ema):
 def sample(folder, out, n=64, w=1.0, n_steps=18, seed=0):
     """Draw n images, each class in turn, from what `train` wrote into ``folder``, as one PNG file."""
     model, config = open_folder(folder)
+    if not isinstance(model, Denoiser | EDMDenoiser):
+        checks.fail("folder", "hold a denoiser of images", type(model).__name__)
+    if w != 1 and not config.net.get("n_classes"):
+        checks.fail("w", "be 1 for a network without classes", w)
+    checks.integer("n", n, 1), checks.integer("seed", seed, 0)
     images = draw(model, classes(config, n), w, n_steps, seed, config.shape())
     save_image(out, data.tile(images, max(1, round(n**0.5))))

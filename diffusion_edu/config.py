@@ -74,6 +74,9 @@ def _patches(split, n=20000, size=32):
 DATA = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "photo_patches": _patches}
 
 
+KINDS = {str: "text", str | None: "text", bool: "true or false", dict: "a table", dict | None: "a table"}
+
+
 @dataclass(frozen=True)
 class Config:
     """What a stored network is made from; the tables keep the arguments of what they name by ``kind``.
@@ -83,10 +86,10 @@ class Config:
     about : str
         One sentence for the card.
     net : dict
-        ``kind`` (UNet, MLP, Classifier or HVAE) and its arguments.
+        ``kind`` (UNet, DiT, MLP, Classifier or HVAE) and its arguments.
     recipe : dict
         Arguments of `Recipe`; ``sample_t`` may be a table with ``kind = "log_normal_times"``, ``loss`` one with
-        ``kind = "hybrid_loss"``, ``augment`` one with ``kind = "dequantized"``.
+        ``kind = "hybrid_loss"``, ``augment`` one with ``kind = "dequantized"``; ``weight`` is a name.
     process : dict or None
         ``kind`` and arguments of a process, for DiscreteVP the name of its ``beta``; None for an HVAE or a classifier
         of clean images. With one, a Classifier is a `NoisyClassifier`.
@@ -98,11 +101,11 @@ class Config:
         Decay of the weight average; 0 keeps the raw weights.
     distill : dict or None
         Of a student: ``teacher`` (a name of the zoo, whose weights it starts from), ``teacher_steps`` and ``steps``, a
-        power of two less; the recipe is that of each round, its ``weight`` a name.
+        power of two less; the recipe is that of each round.
     data : dict
         ``kind`` (digits, fashion_mnist, cifar10, photo_patches) and its arguments.
     run : dict
-        Arguments of `Run`: how the machine is used. Empty for what `training.fit` does in minutes, in one go.
+        Arguments of `Run`: how the machine is used, for denoisers. Empty for what `training.fit` does in one go.
     judge : str or None
         The classifier of the zoo whose features measure the samples.
     """
@@ -120,11 +123,18 @@ class Config:
     judge: str | None = None
 
     def __post_init__(self):
+        for key in fields(self):
+            if key.type in KINDS and not isinstance(getattr(self, key.name), key.type):
+                checks.fail(key.name, f"be {KINDS[key.type]}", repr(getattr(self, key.name)), TypeError)
         checks.real("ema", self.ema, low=0, high=1)
         checks.one_of("predicts", self.predicts, (*READINGS, "edm"))
         self.make_recipe()
         self.make_run()
         checks.one_of("data.kind", self.data.get("kind"), tuple(DATA))
+        if self.distill:
+            checks.real("ema", self.ema, 0, 0)
+        if self.run and (self.distill or self.process is None or self.net.get("kind") == "Classifier"):
+            checks.fail("run", "be left out: only denoisers train as runs", f"net.kind = {self.net.get('kind')!r}")
 
     def make_run(self):
         """The `Run` of the table."""
@@ -200,22 +210,24 @@ def read_config(source, changes=()):
         raise FileNotFoundError(f"config {path} does not exist")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
-    for change in changes:
-        _change(table, change)
+    for i, change in enumerate(changes):
+        _change(table, change, {earlier.partition("=")[0] for earlier in changes[:i]})
     for key in [key.name for key in fields(Config)[:3]]:
         if key not in table:
             checks.fail(f"config {path.name}", f"have the key {key!r}", f"only {', '.join(table) or 'nothing'}")
     return call("config", Config, table)
 
 
-def _change(table, change):
+def _change(table, change, earlier):
     """Carry out one ``key=value``; the value is TOML, or else a plain word."""
     name, equals, value = change.partition("=")
     *tables, last = name.split(".")
-    if not equals or not last:
+    if not equals or not all((*tables, last)):
         checks.fail("change", "look like recipe.n_steps=100", change)
+    if name in earlier:
+        checks.fail("change", "name a key once", f"{name} again")
     for key in tables:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):

@@ -293,6 +293,6 @@ def sigmoid_weight(bias=0.0, target="eps"):
 
     def weight(process, t):
         ratio = loss_ratio(process, t, "eps") / loss_ratio(process, t, target)
-        return torch.sigmoid(bias - process.log_snr(t)) * ratio
+        return torch.sigmoid(bias - process.log_snr(t)) * ratio.nan_to_num(1.0)  # 0 / 0 without signal: the limit
 
     return weight

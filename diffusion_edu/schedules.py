@@ -234,8 +234,8 @@ def shift_log_snr(log_snr, size, base=64):
     ----------
     .. [1] Hoogeboom et al., "simple diffusion", 2023, arXiv:2301.11093, section 3.1.
     """
-    checks.integer("size", size, 1), checks.integer("base", base, 1)
-    return checks.floating("log_snr", log_snr) + 2 * math.log(base / size)
+    ratio = checks.integer("base", base, 1) / checks.integer("size", size, 1)
+    return checks.floating("log_snr", log_snr) + 2 * math.log(ratio)
 
 
 def interpolated_log_snr(t, log_snr, size, base_low=32, base_high=256):
@@ -261,7 +261,8 @@ def interpolated_log_snr(t, log_snr, size, base_low=32, base_high=256):
     .. [1] Hoogeboom et al., 2023, arXiv:2301.11093, section 3.1.
     """
     t = checks.times_in("t", t, 0, 1, discrete=False)
-    return t * shift_log_snr(log_snr, size, base_low) + (1 - t) * shift_log_snr(log_snr, size, base_high)
+    low, high = (shift_log_snr(torch.zeros_like(t), size, base) for base in (base_low, base_high))
+    return checks.same_shape("log_snr", log_snr, "t", t) + t * low + (1 - t) * high
 
 
 def zero_terminal_snr(beta):

@@ -24,6 +24,9 @@ def own_times(process, n, generator=None):
     return process.sample_t(n, generator)
 
 
+MOST = {"n_steps": 10**9, "batch_size": 10**9, "seed": 2**63 - 1}  # beyond it is a slip, or no seed of torch
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train.
@@ -67,11 +70,10 @@ class Recipe:
     augment: Callable | None = None
 
     def __post_init__(self):
-        checks.integer("n_steps", self.n_steps, low=0)
-        checks.integer("batch_size", self.batch_size, low=1)
+        for name, low in (("n_steps", 0), ("batch_size", 1), ("seed", 0)):
+            checks.integer(name, checks.integer(name, getattr(self, name), low), high=MOST[name])
         checks.real("lr", self.lr, low=0)
         checks.one_of("schedule", self.schedule, ("cosine", "constant"))
-        checks.integer("seed", self.seed, low=0)
         checks.real("p_drop", self.p_drop, low=0, high=1)
         checks.one_of("target", self.target, TARGETS)
         if self.weight is not None:
@@ -442,10 +444,12 @@ def level_between(process, n, generator=None):
     """
     if not isinstance(process, TableVP):
         checks.fail("process", "be a table joined up, DiscreteVP(beta).continuous()", type(process).__name__, TypeError)
-    s = torch.randint(1, int(process.T) + 1, (n,), generator=generator).double()
+    device = next(process.buffers()).device
+    s = torch.randint(1, process.T + 1, (n,), generator=generator).double().to(device)
+    share = torch.rand(n, generator=generator, dtype=torch.float64).to(device)
     scale, before = process.marginal(s)[0], process.marginal(s - 1)[0]
-    scale = scale + (before - scale) * torch.rand(n, generator=generator, dtype=torch.float64)
-    return process.time_of(2 * scale.log() - torch.log1p(-(scale**2)))
+    scale = scale + (before - scale) * share
+    return process.time_of(2 * scale.log() - torch.log1p(-(scale**2))).clamp(max=process.T)
 
 
 def dequantized(levels):

@@ -35,7 +35,7 @@ def load(name):
     Parameters
     ----------
     name : str
-        A folder of ``zoo/`` in ``$DIFFUSION_EDU_DATA``, or else in ``data/`` beside the package.
+        A folder of ``zoo/`` in ``$DIFFUSION_EDU_DATA``, or, if there is none, in ``data/`` beside the package.
 
     Raises
     ------
@@ -57,11 +57,10 @@ def open_folder(folder):
 
 def folder_of(name):
     """The folder of a stored network."""
-    zoo = Path(os.environ.get("DIFFUSION_EDU_DATA") or Path(__file__).parent.parent / "data") / "zoo"
-    if not zoo.is_dir():
-        raise FileNotFoundError(
-            f"no zoo at {zoo}: set DIFFUSION_EDU_DATA to the folder that holds zoo/ (data/ of the repository)"
-        )
+    roots = [os.environ.get("DIFFUSION_EDU_DATA"), Path(__file__).parent.parent / "data"]
+    zoo = next((Path(root) / "zoo" for root in roots if root and (Path(root) / "zoo").is_dir()), None)
+    if zoo is None:
+        raise FileNotFoundError("no zoo: set DIFFUSION_EDU_DATA to the folder that holds zoo/ (the repository's data/)")
     return zoo / checks.one_of("name", name, tuple(sorted(path.parent.name for path in zoo.glob("*/card.json"))))
 
 
@@ -88,7 +87,7 @@ def draw(model, y, w=1.0, n_steps=16, seed=0, shape=(1, 8, 8)):
     -------
     Tensor, shape (B, *shape), in [-1, 1], on the CPU
     """
-    times = digit_grid(model.process, n_steps)
+    times = digit_grid(copy.deepcopy(model.process).cpu(), n_steps)
     if isinstance(y, int):
         return _from_noise(make_dpmpp_2m_step(), model, times, (y, *shape), seed)
     device = next(model.parameters(), y).device
@@ -207,15 +206,16 @@ def evaluate(model, config=None, n=900):
 def _sample_metrics(model, config, classifier, x_test, n):
     """Metrics of n samples of an image model, beside the floor of its training images."""
     train_half = data.digits("train")[0] if config is None else config.load_data("train")[0]
-    y = torch.arange(n) % 10
+    n_classes = 10 if config is None else config.net.get("n_classes")
+    y = torch.arange(n) % n_classes if n_classes else None
     if config is not None and config.distill:
         x0 = student_draw(model, y, config.distill)
     else:
-        x0 = draw(model, y, n_steps=12 if config is None else 18, shape=x_test.shape[1:])
+        n_steps = 12 if x_test.shape[-1] == 8 else 18
+        x0 = draw(model, n if y is None else y, n_steps=n_steps, shape=x_test.shape[1:])
     classifier = classifier.to(x0.device)
     features = [torch.cat([classifier.features(part) for part in x.split(500)]) for x in (x0, x_test, train_half[:n])]
-    return {
-        "accuracy": accuracy(classifier, x0, y),
+    return ({} if y is None else {"accuracy": accuracy(classifier, x0, y)}) | {
         "frechet": round(frechet_distance(features[0], features[1]), 3),
         "floor": round(frechet_distance(features[2], features[1]), 3),
     }
@@ -226,8 +226,11 @@ def _test_loss(model, config, x0, y):
     cond = {"y": y[: len(x0)]} if config.net.get("n_classes") else {}
     recipe, generator = config.make_recipe(), torch.Generator().manual_seed(0)
     batch = draw_batch(copy.deepcopy(model.process).cpu(), replace(recipe, p_drop=0.0), generator, x0, **cond)
-    device = next(model.parameters()).device
-    return round(batch_loss(model, recipe, {k: v.to(device) for k, v in batch.items()}).mean().item(), 4)
+    device, losses = next(model.parameters()).device, []
+    for i in range(0, len(x0), 100):
+        part = {name: value[i : i + 100].to(device) for name, value in batch.items()}
+        losses.append(batch_loss(model, recipe, part))
+    return round(torch.cat(losses).mean().item(), 4)
 
 
 @torch.no_grad()

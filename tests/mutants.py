@@ -14,6 +14,7 @@ import os
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
 
 TESTS = Path(__file__).parent
 NOTEBOOKS = TESTS.parent / "notebooks"
@@ -45,7 +46,7 @@ def applied(m):
         owner = getattr(owner, cls)
     original = vars(owner)[name]
     changed = m.replace(original)
-    places = [(owner, name)] if classes else _bindings(original)
+    places = _bindings(original) if isinstance(owner, ModuleType) else [(owner, name)]
     for place, name in places:
         setattr(place, name, changed)
     try:
@@ -1120,6 +1121,72 @@ def _(original):
 def _(original):
     """sqrt(epsilon) z: the factor 2 of the corrector's noise is missing."""
     return _corrector(lambda x, score, z, square: x + 2 * square * score + (2 * square).sqrt() * z)
+
+
+# Architectures and scale
+
+
+SHIFT = "test_schedules.py::test_a_large_image_on_the_shifted_schedule_hides_what_the_small_one_does"
+EDM = "test_losses.py::test_edm_starts_with_the_loss_one_at_every_noise_level"
+POWER = "test_training.py::test_the_power_average_is_its_closed_form"
+SIGMOID = "test_losses.py::test_the_sigmoid_weight_falls_in_the_log_snr_and_is_one_loss_in_all_forms"
+IDENTITY = "test_dit.py::test_adaln_zero_starts_as_the_identity_and_the_gradient_reaches_alpha"
+MP_SUM = "test_dit.py::test_a_magnitude_preserving_sum_keeps_the_variance_of_independent_parts"
+
+
+@mutant("table-shift-sign", "schedules.shift_log_snr", SHIFT, "22")
+def _(original):
+    """2 log(size / base): the larger image gets the cleaner schedule."""
+    return lambda log_snr, size, base=64: original(log_snr, base, size)
+
+
+@mutant("table-shift-half", "schedules.shift_log_snr", SHIFT, "22")
+def _(original):
+    """log(base / size): the deviation of the averaged noise is taken for its variance."""
+    return lambda log_snr, size, base=64: (original(log_snr, size, base) + log_snr) / 2
+
+
+@mutant("table-edm-weight", "losses.edm_weight", EDM, "22")
+def _(original):
+    """c_out^2 for 1 / c_out^2."""
+    return lambda sigma_data=0.5: lambda process, t: 1 / original(sigma_data)(process, t)
+
+
+@mutant("table-sigmoid-sign", "losses.sigmoid_weight", SIGMOID, "22")
+def _(original):
+    """sigmoid(lambda - b): the weight rises with the log SNR."""
+
+    def sigmoid_weight(bias=0.0, target="eps"):
+        turn = lambda process, t: (process.log_snr(t) - bias).exp()  # sigmoid(x) = e^x sigmoid(-x)
+        return lambda process, t: turn(process, t) * original(bias, target)(process, t)
+
+    return sigmoid_weight
+
+
+@mutant("table-power-ema", "training.power_averaged", POWER, "22")
+def _(original):
+    """(1 - 1/t)^gamma for the power gamma + 1."""
+    return lambda model, gamma=6.94: original(model, gamma - 1 + 1e-12)
+
+
+@mutant("table-adaln-alpha", "nets.dit.AdaLNZeroBlock.__init__", IDENTITY, "22")
+def _(original):
+    """alpha starts at 1, as gamma's scale does: the block is no identity."""
+
+    def init(self, width, heads):
+        import torch
+
+        original(self, width, heads)
+        with torch.no_grad():
+            self.modulation.bias.view(6, width)[[2, 5]] = 1.0
+
+    return init
+
+
+@mutant("table-mp-sum", "nets.layers.mp_sum", MP_SUM, "22")
+def _(original):
+    """(1 - t) a + t b: a plain mixture, whose variance shrinks."""
+    return lambda a, b, t=0.3: original(a, b, t) * math.hypot(1 - t, t)
 
 
 # Trying them

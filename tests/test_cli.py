@@ -105,10 +105,11 @@ def test_a_closed_stdout_is_quiet():
 def test_commands_pass_their_arguments_on(module, tmp_path):
     calls = []
     module("demo", main=lambda *args: calls.append(args))
-    module("zoo", train=lambda *args: calls.append(args))
+    module("commands", train=lambda *args: calls.append(args), dry_run=lambda *args: calls.append(args) or ["said"])
     assert cli.main(["demo", "-o", str(tmp_path), "--seed", "3"]) == 0
-    assert cli.main(["train", "digits_unet", "-o", str(tmp_path)]) == 0
-    assert calls == [(tmp_path, 3), ("digits_unet", tmp_path)]
+    assert cli.main(["train", "digits_unet", "-o", str(tmp_path), "ema=0.5"]) == 0
+    assert cli.main(["train", "digits_unet", "--dry-run"]) == 0
+    assert calls == [(tmp_path, 3), ("digits_unet", tmp_path, ["ema=0.5"], False), ("digits_unet", [])]
 
 
 def test_equations_check_says_what_dangles(monkeypatch, capsys):

@@ -12,12 +12,12 @@ import diffusion_edu
 PACKAGE = Path(diffusion_edu.__file__).parent
 
 FLOORS = [
-    "checks",
+    "checks machine",
     "schedules gaussian bits data tokenizer",
     "process prediction nets",
     "denoiser oracles kernel_model",
     "losses samplers guidance metrics vae score_matching",
-    "training checkpoint runs config zoo commands elbo likelihood distill cascade latent unclip editing",
+    "training checkpoint trainer runs config zoo commands elbo likelihood distill cascade latent unclip editing",
     "viz widgets teach exercises labs notebooks equations demo cli",
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
@@ -28,12 +28,14 @@ SAME_FLOOR = {
     ("bits", "gaussian"),
     ("samplers", "guidance"),
     ("runs", "checkpoint"),
-    ("runs", "training"),
+    ("trainer", "checkpoint"),
+    ("trainer", "training"),
     ("config", "runs"),
     ("commands", "checkpoint"),
     ("commands", "config"),
     ("commands", "distill"),
     ("commands", "runs"),
+    ("commands", "trainer"),
     ("commands", "training"),
     ("commands", "zoo"),
     ("config", "elbo"),

@@ -6,12 +6,13 @@ import pytest
 import torch
 from exact import DATA, F64, close, gauss_hermite, randn, times
 
-from diffusion_edu.denoiser import Denoiser
-from diffusion_edu.losses import TARGETS, denoising_loss, loss_ratio, min_snr_weight
+from diffusion_edu.denoiser import Denoiser, EDMDenoiser
+from diffusion_edu.losses import TARGETS, denoising_loss, edm_weight, loss_ratio, min_snr_weight, sigmoid_weight
 from diffusion_edu.oracles import GaussianOracle
 from diffusion_edu.process import VE, VPSDE, DiscreteVP, SubVPSDE
 from diffusion_edu.samplers import noises
 from diffusion_edu.schedules import linear_beta, zero_terminal_snr
+from diffusion_edu.training import log_normal_times
 
 
 class Line(torch.nn.Module):
@@ -164,3 +165,88 @@ def test_conditions_reach_the_model_and_gradients_reach_the_network():
     assert loss.shape == (2,) and model.net.slope.grad.abs() > 0
     with pytest.raises(TypeError, match="y"):
         denoising_loss(model, randn(2, 1), t, randn(2, 1), y=torch.tensor([1, 2]))  # Line takes no labels
+
+
+class Silent(torch.nn.Module):
+    """A network at its start: it predicts 0."""
+
+    def forward(self, x, clock):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.equation("edm.loss")
+@pytest.mark.parametrize("sd", [0.5, 1.3])
+@pytest.mark.parametrize(
+    "process", [VE(), VPSDE(), SubVPSDE(), DiscreteVP(linear_beta(1000))], ids=lambda p: type(p).__name__
+)
+def test_edm_starts_with_the_loss_one_at_every_noise_level(process, sd):
+    """For N(0, sigma_d^2) data; by quadrature, which is exact for squares."""
+    z, w = gauss_hermite(4)
+    x0, eps = (each[:, None] for each in torch.cartesian_prod(sd * z, z).T)
+    w = torch.cartesian_prod(w, w).prod(1)
+    model = EDMDenoiser(Silent(), process, sigma_data=sd)
+    for share in (0.001, 0.01, 0.3, 1.0):
+        t = times(max(1, round(share * process.T))) if process.discrete else torch.tensor(share * process.T, dtype=F64)
+        loss = denoising_loss(model, x0, t.expand(16), eps, "x0", edm_weight(sd))
+        close(loss @ w, 1.0, 1e-9)  # at the largest levels x0 is what is left of numbers of 80 or 1e4
+        scale, std = (c.item() for c in process.marginal(t))
+        sigma = std / scale
+        close(edm_weight(sd)(process, t), (sigma**2 + sd**2) / (sigma * sd) ** 2, 1e-12)
+
+
+@pytest.mark.equation("edm.loss")
+def test_edm_draws_log_normal_noise_levels():
+    sigma = log_normal_times()(VE(), 40_000, torch.Generator().manual_seed(0))  # on VE time is the level
+    log_sigma = sigma.log()
+    assert abs(log_sigma.mean() + 1.2) < 4 * 1.2 / 200 and abs(log_sigma.std() - 1.2) < 4 * 1.2 / 200 / 2**0.5
+
+
+def weighted(process, t, weight, target):
+    """A weighted loss of an imperfect model, the same whatever is compared if the weights belong together."""
+    x0, eps = randn(4, 3), randn(4, 3, seed=1)
+    model = GaussianOracle(process, 0.4, 0.9)
+    return denoising_loss(model, x0, t.expand(4), eps, target, weight)
+
+
+@pytest.mark.equation("sid2.sigmoid_weight")
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 3.0])
+def test_the_sigmoid_weight_falls_in_the_log_snr_and_is_one_loss_in_all_forms(bias):
+    process = VPSDE()
+    t = torch.linspace(0.001, 1, 50, dtype=F64)
+    log_snr, weight = process.log_snr(t), sigmoid_weight(bias)(process, t)
+    close(weight, 1 / (1 + (log_snr - bias).exp()), 1e-12)
+    assert (weight.diff() > 0).all() and (log_snr.diff() < 0).all()
+    close(sigmoid_weight(bias, "x0")(process, t), log_snr.exp() * weight, 1e-12)
+    for i in (0, 10, 49):
+        losses = [weighted(process, t[i], sigmoid_weight(bias, target), target) for target in TARGETS]
+        for loss in losses:
+            close(loss, losses[0], 1e-9)
+
+
+@pytest.mark.equation("sid2.sigmoid_weight")
+def test_the_sigmoid_weight_is_a_mixture_of_bounds_on_blurred_data():
+    """Data with noise down to log SNR u has the bound whose weight is 1 below u; u is logistic around the bias."""
+    from scipy.stats import logistic
+
+    process, t = VPSDE(), torch.linspace(0.01, 1, 9, dtype=F64)
+    share = logistic.sf(process.log_snr(t).numpy(), loc=1.5)
+    close(sigmoid_weight(1.5)(process, t), torch.from_numpy(share), 1e-12)
+
+
+def test_without_signal_the_sigmoid_weight_has_its_limit():
+    process = DiscreteVP(zero_terminal_snr(linear_beta(1000)))
+    for target, limit in (("eps", 1.0), ("score", 1.0), ("v", 0.0), ("x0", 0.0)):
+        close(sigmoid_weight(0.0, target)(process, times(1000)), limit, 1e-15)
+
+
+@pytest.mark.parametrize(
+    "wrong, kind", [(math.nan, ValueError), (0.0, ValueError), (-1.0, ValueError), ("1", TypeError)]
+)
+def test_weights_refuse_what_is_no_number(wrong, kind):
+    with pytest.raises(kind, match="sigma_data must be"):
+        edm_weight(wrong)
+    if wrong not in (0.0, -1.0):
+        with pytest.raises(kind, match="bias must be"):
+            sigmoid_weight(wrong)
+    with pytest.raises(ValueError, match="target must be one of"):
+        sigmoid_weight(0.0, "noise")

@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 from affine import sampler_law
-from exact import DATA, F64, close, times
+from exact import DATA, F64, close, randn, times
 
 from diffusion_edu import schedules
+from diffusion_edu.config import shifted_cosine
 from diffusion_edu.oracles import GaussianOracle
 from diffusion_edu.process import DiscreteVP, uniform_log_snr
 from diffusion_edu.samplers import ddim_step, kernel_step, make_ddpm_step
@@ -18,10 +19,12 @@ from diffusion_edu.schedules import (
     cosine_beta,
     cosine_log_snr,
     geometric_sigmas,
+    interpolated_log_snr,
     karras_sigmas,
     linear_beta,
     quadratic_beta,
     respace,
+    shift_log_snr,
     sigmoid_beta,
     swiss_beta,
     zero_terminal_snr,
@@ -205,3 +208,82 @@ def test_a_million_steps_take_tables_of_a_million_numbers():
     assert process.marginal(times(10**6))[0] >= 0
     with pytest.raises(ValueError, match=rf"T must be in \[1, {schedules.MAX_STEPS}\]; got {10**12}"):
         linear_beta(10**12)
+
+
+@pytest.mark.equation("edm.sigma_grid")
+def test_the_grid_of_eighteen_levels_is_that_of_the_paper():
+    levels = karras_sigmas(18)
+    for i, level in ((0, 80.0), (1, 57.5860), (2, 40.7856), (17, 0.002), (18, 0.0)):
+        assert round(levels[i].item(), 4) == level
+
+
+# Shifts for large images
+
+
+def pooling(side, r):
+    """The matrices of averaging r x r pixels of an image of ``side`` r pixels a side, and of repeating them."""
+    line = torch.eye(side, dtype=F64).repeat_interleave(r, 1) / r
+    down = torch.kron(line, line)
+    return down, r**2 * down.T
+
+
+@pytest.mark.equation("sched.shift", "simple_diffusion.shift")
+@pytest.mark.parametrize("r", [2, 3, 4])
+def test_averaging_pixels_shifts_the_log_snr_by_two_log_r(r):
+    side = 4
+    down, up = pooling(side, r)
+    close(down @ down.T, torch.eye(side**2, dtype=F64) / r**2, 1e-15)  # the noise: variance by r^2
+    close(down @ up, torch.eye(side**2, dtype=F64), 1e-15)  # the picture: kept
+    small = cosine_log_snr(torch.tensor([0.1, 0.5, 0.9]))
+    close(shift_log_snr(small, r * side, side) + 2 * math.log(r), small, 1e-14)  # what pooling gives back
+    assert torch.equal(shift_log_snr(small, side, side), small)
+
+
+@pytest.mark.equation("sched.shift", "simple_diffusion.shift")
+def test_a_large_image_on_the_shifted_schedule_hides_what_the_small_one_does():
+    """Of Gaussian pictures, E[x_0 | x_t] and what stays unknown, exactly: at equal log SNR the large one is easier."""
+    side, r = 3, 4
+    _, up = pooling(side, r)
+    root = randn(side**2, side**2)
+    prior = torch.linalg.inv(root @ root.T + 0.1 * torch.eye(side**2, dtype=F64))
+    left = lambda see, log_snr: torch.linalg.inv(prior + log_snr.exp() * see.T @ see)  # posterior covariance
+    same = torch.eye(side**2, dtype=F64)
+    for log_snr in cosine_log_snr(torch.tensor([0.1, 0.5, 0.9])):
+        close(left(up, shift_log_snr(log_snr, r * side, side)), left(same, log_snr), 1e-9)
+        assert torch.linalg.eigvalsh(left(same, log_snr) - left(up, log_snr)).min() > 0
+
+
+@pytest.mark.equation("sched.shift")
+def test_the_interpolated_schedule_goes_from_one_shift_to_the_other():
+    t = torch.linspace(0, 1, 11, dtype=F64)
+    log_snr = cosine_log_snr(t)
+    mixed = interpolated_log_snr(t, log_snr, 128, 32, 256)
+    low, high = shift_log_snr(log_snr, 128, 32), shift_log_snr(log_snr, 128, 256)
+    close(mixed[[0, 10]], torch.stack([high[0], low[10]]), 1e-14)
+    close(mixed, t * low + (1 - t) * high, 1e-14)
+    close(high - low, torch.full((11,), 2 * math.log(256 / 32), dtype=F64), 1e-14)
+    assert (mixed.diff() < 0).all()
+    close(interpolated_log_snr(t, log_snr, 128, 32, 32), low, 1e-14)
+    uncut = cosine_log_snr(t, -math.inf, math.inf)
+    assert interpolated_log_snr(t, uncut, 128)[[0, 10]].tolist() == [math.inf, uncut[10].item() + 2 * math.log(1 / 4)]
+
+
+def test_the_config_of_photographs_has_the_shifted_table():
+    process, t = DiscreteVP(shifted_cosine(50, size=64, base=32)), torch.arange(1, 50)
+    close(process.log_snr(t), cosine_log_snr(t.double() / 50) - 2 * math.log(2), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "call, kind, message",
+    [
+        (lambda x: shift_log_snr(x, 0), ValueError, "size must be at least 1; got 0"),
+        (lambda x: shift_log_snr(x, 64.0), TypeError, "size must be an integer"),
+        (lambda x: shift_log_snr(x, 64, -1), ValueError, "base must be at least 1"),
+        (lambda x: shift_log_snr(3.0, 64), TypeError, "log_snr must be a torch.Tensor"),
+        (lambda x: interpolated_log_snr(x + 2, x, 64), ValueError, r"t must be in \[0, 1\]"),
+        (lambda x: interpolated_log_snr(x, x[:1], 64), ValueError, "log_snr must have the shape of t"),
+    ],
+)
+def test_shifts_refuse_what_cannot_be(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(torch.tensor([0.2, 0.6]))

@@ -17,7 +17,20 @@ from diffusion_edu.oracles import GaussianOracle
 from diffusion_edu.process import VPSDE, DiscreteVP
 from diffusion_edu.samplers import learned, noises
 from diffusion_edu.schedules import linear_beta
-from diffusion_edu.training import Recipe, averaged, fit, fit_classifier, fit_vae, learning_rate, log_normal_times
+from diffusion_edu.training import (
+    Recipe,
+    averaged,
+    batch_loss,
+    draw_batch,
+    fit,
+    fit_classifier,
+    fit_vae,
+    flipped,
+    learning_rate,
+    level_between,
+    log_normal_times,
+    power_averaged,
+)
 from diffusion_edu.vae import HVAE, VAE, LinearVAE
 
 
@@ -317,3 +330,101 @@ def test_fit_vae_reaches_the_entropy_of_linear_gaussian_data(kind):
     # 4 standard errors of the last 25,600 draws are 0.013
     assert losses[0] > entropy + 1 and abs(sum(losses[-100:]) / 100 - entropy) < 0.02
     assert -1e-3 < bound - entropy < 3e-3  # the fit to these 20,000 points may beat the truth by a few parameters / N
+
+
+@pytest.mark.equation("edm2.ema_and_mp")
+@pytest.mark.parametrize("gamma, width", [(6.94, 0.10), (16.97, 0.05), (0.0, None)])
+def test_the_power_average_is_its_closed_form(gamma, width):
+    """Step k of t has the share (k / t)^(gamma + 1) - ((k - 1) / t)^(gamma + 1), whatever the weights did."""
+    model, n = nn.Linear(3, 1, bias=False).double(), 300
+    average, kept = power_averaged(model, gamma), []
+    generator = torch.Generator().manual_seed(0)
+    for t in range(1, n + 1):
+        model.weight.data = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+        kept.append(model.weight[0].clone())
+        average.update_parameters(model)
+        if t in (1, 2, 7, n):
+            share = ((torch.arange(t + 1, dtype=torch.float64) / t) ** (gamma + 1)).diff()
+            torch.testing.assert_close(average.module.weight[0], share @ torch.stack(kept), rtol=0, atol=1e-13)
+    k = torch.arange(1, n + 1, dtype=torch.float64) / n
+    if width:
+        found = ((share @ k**2) - (share @ k) ** 2).sqrt()
+        assert abs(found - width) < 1e-3  # 0.1 and 0.05 of the run; n = 300 steps are nearly continuous
+
+
+@pytest.mark.equation("edm2.ema_and_mp")
+def test_the_power_average_keeps_constant_weights_and_serves_fit():
+    model = nn.Linear(3, 1).double()
+    average, start = power_averaged(model), model.weight.clone()
+    for _ in range(5):
+        average.update_parameters(model)
+        torch.testing.assert_close(average.module.weight, start, rtol=0, atol=1e-15)
+    torch.manual_seed(0)
+    model = Denoiser(MLP(width=8, depth=1), VPSDE())
+    ema, bias = power_averaged(model, 1.0), lambda model: model.net.first.bias.detach().clone()
+    seen = [bias(model) for _ in fit(model, swiss_roll(50, 0), Recipe(3, 8), ema=ema)]
+    torch.testing.assert_close(bias(ema.module), seen[0] / 9 + seen[1] / 3 + seen[2] * 5 / 9)
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="gamma must be"):
+            power_averaged(model, wrong)
+
+
+@pytest.mark.equation("ref.wavegrad_level")
+def test_levels_between_cover_all_from_the_noisiest_to_clean():
+    process, n = DiscreteVP(linear_beta(10, 0.1, 0.7)), 20_000
+    root = process.alpha_bar.sqrt()  # 1, ..., the noisiest
+    t = level_between(process.continuous(), n, torch.Generator().manual_seed(0))
+    assert t.shape == (n,) and t.dtype == torch.float64 and 0 < t.min() and t.max() <= process.T
+    level = process.continuous().marginal(t)[0]
+    assert root[10] <= level.min() < root[10] + 1e-3 * root[9] and 1 - 1e-3 < level.max() < 1
+    cell = torch.searchsorted(-root, -level).clamp(1, 10)
+    counts = torch.bincount(cell, minlength=11)[1:]
+    assert (counts - n / 10).abs().max() < 4 * math.sqrt(n * 0.1 * 0.9)
+    share = (level - root[cell]) / (root[cell - 1] - root[cell])  # uniform in each interval
+    for lowest in (0.1, 0.5, 0.9):
+        assert abs((share < lowest).double().mean() - lowest) < 4 * math.sqrt(lowest * (1 - lowest) / n)
+    for s in range(1, 11):
+        assert abs(share[cell == s].mean() - 0.5) < 4 * (1 / 12 / (n / 10)) ** 0.5
+
+
+@pytest.mark.equation("ref.wavegrad_level")
+def test_levels_between_train_on_a_table_joined_up_only():
+    process = DiscreteVP(linear_beta(1000)).continuous()
+    torch.manual_seed(0)
+    losses = list(
+        fit(Denoiser(MLP(width=8, depth=1), process), swiss_roll(50, 0), Recipe(3, 8, sample_t=level_between))
+    )
+    assert len(losses) == 3
+    for other in (DiscreteVP(linear_beta(1000)), VPSDE()):
+        with pytest.raises(TypeError, match=r"process must be a table joined up, DiscreteVP\(beta\).continuous\(\)"):
+            level_between(other, 3)
+
+
+def test_flips_mirror_half_of_the_images_and_leave_the_rest():
+    x0 = torch.arange(2000 * 6.0).reshape(2000, 1, 2, 3)
+    seen = flipped()(x0, torch.Generator().manual_seed(0))
+    kept = (seen == x0).flatten(1).all(1)
+    assert torch.equal(seen[~kept], x0[~kept].flip(3)) and abs(kept.sum() - 1000) < 4 * math.sqrt(500)
+    assert torch.equal(seen, flipped()(x0, torch.Generator().manual_seed(0)))
+
+
+def test_a_drawn_batch_is_all_that_the_loss_needs():
+    recipe = Recipe(1, p_drop=0.5, augment=lambda x0, generator: x0 + torch.rand(len(x0), 1, generator=generator))
+    x0, y = swiss_roll(40, 0), torch.arange(40) % 2
+    batch = draw_batch(VPSDE(), recipe, torch.Generator().manual_seed(0), x0, y=y)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(batch["t"], VPSDE().sample_t(40, generator))
+    assert torch.equal(batch["eps"], torch.randn(40, 2, generator=generator))
+    assert torch.equal(batch["drop"], torch.rand(40, generator=generator) < 0.5)
+    assert torch.equal(batch["x0"], x0 + torch.rand(40, 1, generator=generator)) and torch.equal(batch["y"], y)
+    torch.manual_seed(0)
+    model = Denoiser(MLP(width=8, depth=1, n_classes=2), VPSDE())
+    assert torch.equal(batch_loss(model, recipe, batch), denoising_loss(model, **batch))
+    plain = draw_batch(VPSDE(), Recipe(1), torch.Generator(), x0)
+    assert plain.keys() == {"t", "eps", "x0"} and torch.equal(plain["x0"], x0)
+
+
+def test_sizes_and_seeds_beyond_all_use_are_named():
+    for name, most in (("n_steps", 10**9), ("batch_size", 10**9), ("seed", 2**63 - 1)):
+        with pytest.raises(ValueError, match=f"{name} must be at most {most}; got {10**30}"):
+            Recipe(**{"n_steps": 1, name: 10**30})

@@ -160,8 +160,9 @@ class DiT(nn.Module):
         for side in size:
             if side % checks.integer("patch", patch, 1):
                 checks.fail("patch", f"divide the image's size {tuple(size)}", patch)
-        if checks.integer("width", width, 4) % 4 or width % checks.integer("heads", heads, 1):
+        if checks.integer("width", width, 4, 2**16) % 4 or width % checks.integer("heads", heads, 1):
             checks.fail("width", f"be a multiple of 4 and of heads = {heads}", width)
+        checks.integer("depth", depth, 1, 10**4)
         self.shape, self.patch = (channels, *size), patch
         self.conditioning = checks.one_of("conditioning", conditioning, tuple(BLOCKS))
         self.first = nn.Linear(channels * patch**2, width)

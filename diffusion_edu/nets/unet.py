@@ -69,6 +69,7 @@ class UNet(nn.Module):
         self.in_channels = checks.integer("in_channels", in_channels, low=1)
         for level in attention:
             checks.integer("attention", level, 0, len(multipliers) - 1)
+        checks.integer("width", width, high=2**16)
         self.factor = 2 ** (len(multipliers) - 1)
         channels = [width * multiplier for multiplier in multipliers]
         cond_dim = 4 * width
