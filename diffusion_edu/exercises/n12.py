@@ -47,7 +47,7 @@ EXERCISES = {
         _clean,
         inputs=((-1.0, 0.5), (-4.0, -3.5), (0.3, 3.0), (2.0, 2.1)),
         mistakes={
-            "these are the factors of x_t and of eps-hat (or a and b are swapped); the question asks for x0-hat": _noise,
+            "these are the factors of x_t and eps-hat (or a and b are swapped); the question asks for x0-hat": _noise,
             "lambda is half of the log SNR here: a^2 is the sigmoid of 2 lambda": (
                 lambda *case: _clean(*case, marginal=lambda lam: _marginal(lam / 2))
             ),
