@@ -53,6 +53,14 @@ def hybrid(vlb_weight=1e-3, levels=None):
     return partial(hybrid_loss, vlb_weight=vlb_weight, levels=levels)
 
 
+def check_student(teacher, teacher_steps, steps):
+    """The arguments of ``distill``: the steps are the teacher's, halved a few times."""
+    checks.integer("distill.steps", steps, 1)
+    n = checks.integer("distill.teacher_steps", teacher_steps, 2 * steps)
+    if n % steps or (n // steps).bit_count() != 1:
+        checks.fail("distill.teacher_steps", f"be {steps} steps doubled a few times", n)
+
+
 NETS = {"UNet": UNet, "DiT": DiT, "MLP": MLP, "Classifier": Classifier, "HVAE": make_hvae}
 PROCESSES = {"VPSDE": VPSDE, "SubVPSDE": SubVPSDE, "VESDE": VESDE, "VE": VE, "DiscreteVP": table}
 TIMES = {"log_normal_times": log_normal_times, "level_times": level_times}
@@ -131,8 +139,10 @@ class Config:
         self.make_recipe()
         self.make_run()
         checks.one_of("data.kind", self.data.get("kind"), tuple(DATA))
-        if self.distill:
-            checks.real("ema", self.ema, 0, 0)
+        if self.distill is not None:
+            call("distill", check_student, self.distill)
+            if self.ema:
+                checks.fail("ema", "be 0 for a student: it is not averaged", self.ema)
         if self.run and (self.distill or self.process is None or self.net.get("kind") == "Classifier"):
             checks.fail("run", "be left out: only denoisers train as runs", f"net.kind = {self.net.get('kind')!r}")
 

@@ -15,22 +15,17 @@ READINGS = {
 }
 
 
-def _check_parts(net, process):
-    """The process, after a look at it and at the network."""
-    if not callable(net) or isinstance(net, type):
-        checks.fail("net", "be a network, such as UNet()", checks.shown(net), TypeError)
-    if not isinstance(process, Process):
-        checks.fail("process", "be a Process, such as DiscreteVP(linear_beta(1000))", checks.shown(process), TypeError)
-    return process
+class _OnProcess(nn.Module):
+    """A network on a process; what the models below share."""
 
-
-class _NetModel(nn.Module):
-    """A network on a process; what `Denoiser` and `EDMDenoiser` share."""
-
-    def __init__(self, net, process, learned_variance):
+    def __init__(self, net, process):
         super().__init__()
-        self.net, self.process = net, _check_parts(net, process)
-        self.learned_variance = learned_variance
+        if not callable(net) or isinstance(net, type):
+            checks.fail("net", "be a network, such as UNet()", checks.shown(net), TypeError)
+        if not isinstance(process, Process):
+            rule = "be a Process, such as DiscreteVP(linear_beta(1000))"
+            checks.fail("process", rule, checks.shown(process), TypeError)
+        self.net, self.process = net, process
 
     def levels(self, x_t, t):
         """(scale, std), ready to multiply x_t; checks x_t and t."""
@@ -41,10 +36,22 @@ class _NetModel(nn.Module):
             checks.fail("x_t", f"have the network's dtype {weight.dtype}", x_t.dtype, TypeError)
         return [expand(c, x_t) for c in self.process.levels(t)]
 
+    def ask(self, x_in, clock, cond):
+        """The network's output, on x_in and a clock for every row."""
+        clock = clock.to(x_in.device, torch.promote_types(x_in.dtype, torch.float32))  # bfloat16 has no 999
+        return self.net(x_in, clock.expand(len(x_in)), **cond)
+
+
+class _NetModel(_OnProcess):
+    """A network that denoises, and perhaps predicts a variance; what `Denoiser` and `EDMDenoiser` share."""
+
+    def __init__(self, net, process, learned_variance):
+        super().__init__(net, process)
+        self.learned_variance = learned_variance
+
     def run(self, x_in, clock, cond):
         """(output, frac): the network's output, split when it also predicts a variance."""
-        clock = clock.to(x_in.device, torch.promote_types(x_in.dtype, torch.float32))  # bfloat16 has no 999
-        out = self.net(x_in, clock.expand(len(x_in)), **cond)
+        out = self.ask(x_in, clock, cond)
         channels = x_in.shape[1] * (2 if self.learned_variance else 1)
         if out.shape != (len(x_in), channels, *x_in.shape[2:]):
             rule = f"have shape {(len(x_in), channels, *x_in.shape[2:])} for this sample"
@@ -133,7 +140,7 @@ class EDMDenoiser(_NetModel):
         return Prediction.from_x0(x_t, scale, std, x0, frac)
 
 
-class NoisyClassifier(nn.Module):
+class NoisyClassifier(_OnProcess):
     r"""A classifier that knows how noisy its input is: p(y | x_t) at every time.
 
     .. math:: \log p_\phi(y \mid x_t) = \log\mathrm{softmax}_y\, f_\phi\Big(\frac{x_t}{\sqrt{a^2 + b^2}},\ t\Big)
@@ -153,16 +160,19 @@ class NoisyClassifier(nn.Module):
     .. [1] Dhariwal and Nichol, 2021, arXiv:2105.05233, section 4.
     """
 
-    def __init__(self, net, process):
-        super().__init__()
-        self.net, self.process = net, _check_parts(net, process)
-
     def forward(self, x_t, t):
-        """Log probabilities of the classes, shape (B, n_classes), for x_t (B, *D) at times t, 0-d or (B,)."""
-        checks.batch_of_times("t", t, len(checks.floating("x_t", x_t)))
-        scale, std = (expand(c, x_t) for c in self.process.levels(t))
-        clock = self.process.clock(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
-        return self.net(x_t / (scale**2 + std**2).sqrt(), clock.expand(len(x_t))).log_softmax(1)
+        """Log probabilities of the classes, shape (B, n_classes), for x_t (B, *D) at times t, 0-d or (B,).
+
+        Times are in [0, T], or (0, T] on `VE`, where the network is shown log t.
+        """
+        scale, std = self.levels(x_t, t)
+        clock = self.process.clock(t)
+        if clock.device.type == "cpu" and not clock.isfinite().all():
+            checks.fail("t", "be greater than 0 on this process", 0)
+        logits = self.ask(x_t / (scale**2 + std**2).sqrt(), clock, {})
+        if logits.ndim != 2 or len(logits) != len(x_t):
+            checks.fail("model output", f"have shape ({len(x_t)}, n_classes)", tuple(logits.shape))
+        return logits.log_softmax(1)
 
     def log_prob(self, y):
         """The function (x_t, t) -> log p(y | x_t), shape (B,), that guidance takes the gradient of.
@@ -172,4 +182,10 @@ class NoisyClassifier(nn.Module):
         y : Tensor, shape (B,), int64
             The classes wanted.
         """
-        return lambda x_t, t: self(x_t, t).gather(1, y[:, None])[:, 0]
+
+        def log_prob(x_t, t):
+            log_probs = self(x_t, t)
+            rows = checks.labels("y", y, *log_probs.shape).clone()  # a clone: y may come from inference mode
+            return log_probs.gather(1, rows[:, None])[:, 0]
+
+        return log_prob

@@ -83,10 +83,9 @@ def progressive_loss(teacher, times, weight=truncated_snr_weight):
         checks.fail("times", "hold an even number of steps, 2 n + 1 times", f"{len(times)} times")
 
     def loss(model, x0, t, eps, **cond):
-        i = _index(times[::2], t) * 2
         x_t = q_sample(model.process, x0, t, eps)
+        m, s = _following(times, t, 2)
         with torch.no_grad():
-            m, s = times[i + 1].to(t), times[i + 2].to(t)
             target = evaluating(teacher, lambda teacher: two_step_target(teacher, x_t, t, m, s, **cond))
         error = ((target - model(x_t, t, **cond).x0) ** 2).flatten(1).mean(1)
         return weight(model.process, t).to(error) * error
@@ -166,7 +165,7 @@ def consistency_loss(teacher, times, weight=truncated_snr_weight):
 
     def loss(model, x0, t, eps, **cond):
         x_t = q_sample(model.process, x0, t, eps)
-        s = times[_index(times, t) + 1].to(t)
+        (s,) = _following(times, t, 1)
         with torch.no_grad():
             x_s = evaluating(teacher, lambda teacher: ddim_step(bind(teacher, **cond), x_t, t, s, None))
             later = model(x_s, s.clamp(min=times[-2].item()), **cond).x0  # a model is never asked about time 0
@@ -182,7 +181,7 @@ def _consistency(model, x_t, t, s):
     return a_s * model(x_t, t).x0, b_s
 
 
-consistency_step = KernelStep(_consistency)
+consistency_step = KernelStep(_consistency, draws_last=False)
 consistency_step.__doc__ = r"""Sampling with a consistency model: jump to the data, noise them again, repeat.
 
     .. math:: x_s = a_s\,f_\theta(x_t, t) + b_s z
@@ -226,9 +225,13 @@ def _grid(teacher, times):
     return times
 
 
-def _index(grid, t):
-    """Where each of the times t stands in the grid."""
-    same = grid.to(t.device) == t.reshape(-1, 1)
+def _following(times, t, n):
+    """The n times that follow each t, (B,), in the grid; t are of ``times[:-1:n]``, where the student's steps start."""
+    times = times.to(t.device)
+    same = times[:-1:n] == t.reshape(-1, 1)
     if t.device.type == "cpu" and not same.any(1).all():
-        checks.fail("t", "be times of the grid: sample_t=grid_times(times)", t[~same.any(1)][:8].tolist())
-    return same.int().argmax(1)
+        checks.fail(
+            "t", "be times of the student's grid, not its last: sample_t=grid_times(...)", t[~same.any(1)][:8].tolist()
+        )
+    i = n * same.int().argmax(1)
+    return [times[i + k].to(t) for k in range(1, n + 1)]

@@ -82,7 +82,8 @@ def classifier_free(model, w, negative=None, **bound):
     Warns
     -----
     UserWarning
-        Once, if both halves give exactly the same answer: the network does not look at its conditions.
+        Once, if both halves get exactly the same answer where noise prevails (std > scale): the network does not look
+        at its conditions. Nearer to the data that says nothing, since x_t itself may show what y is.
 
     Equations: cfg.combine_omega, cfg.from_bayes, cfg.null, cfg.sample
 
@@ -91,23 +92,18 @@ def classifier_free(model, w, negative=None, **bound):
     .. [1] Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598 (their w is ours - 1);
        Saharia et al., "Imagen", 2022, arXiv:2205.11487, Eq. 2.
     """
-    w = checks.real("w", w, 0)
-    if "drop" in bound or "drop" in (negative or {}):
-        checks.fail("drop", "be left out: guidance sets it", "a condition")
+    w, negative, probed = checks.real("w", w, 0), negative or {}, False
     if not bound:
         checks.fail("conditions", "be given, for example y=labels", "none")
-    for name in negative or {}:
+    for name in negative:
         checks.one_of("key in negative", name, tuple(bound))
-    probed = False
+    _check_conditions(bound), _check_conditions(negative)
 
     def call(m, x_t, t, **cond):
         nonlocal probed
-        cond = bound | cond
-        n = len(x_t)
-        other = cond | (negative or {})
-        for name, value in [*cond.items(), *other.items()]:
-            if len(value) != n:
-                checks.fail(name, f"have {n} rows, one for each sample", len(value))
+        n, cond = len(x_t), bound | cond
+        other = cond | negative
+        _check_conditions(cond, n), _check_conditions(other, n)
         drop = torch.arange(2 * n, device=x_t.device) >= n  # first half conditional, second half not
         if w == 1:
             return m(x_t, t, **cond)
@@ -118,15 +114,26 @@ def classifier_free(model, w, negative=None, **bound):
             twice["drop"] = drop
         both = m(torch.cat([x_t, x_t]), torch.cat([t, t]) if t.ndim else t, **twice)
         given, free = (_half(both, rows) for rows in (slice(n), slice(n, None)))
-        if not probed:
-            probed = True
-            if n and torch.equal(given.x0, free.x0) and not (m.process.zero_terminal_snr and (t == m.process.T).any()):
-                warnings.warn(
-                    "the model answers the same with and without its condition: w has no effect", stacklevel=2
-                )
+        if n and not probed:
+            same = torch.equal(given.x0, free.x0)
+            probed = not same or bool((given.std > given.scale).any())
+            if same and probed:
+                says = "the model answers the same with and without its condition: w has no effect"
+                warnings.warn(says, stacklevel=2)
         return free.toward(given, w)
 
     return Wrapped(call, model)
+
+
+def _check_conditions(conditions, n=None):
+    """Tensors with n rows each (any number where n is None), and no ``drop``, which is guidance's own."""
+    for name, value in conditions.items():
+        if name == "drop":
+            checks.fail("drop", "be left out: guidance sets it", "a condition")
+        if not isinstance(value, torch.Tensor) or not value.ndim:
+            checks.fail(name, "be a tensor with a row for each sample", checks.shown(value), TypeError)
+        if n is not None and len(value) != n:
+            checks.fail(name, f"have {n} rows, one for each sample", len(value))
 
 
 def interval(inside, outside, sigma_min, sigma_max):
@@ -142,6 +149,7 @@ def interval(inside, outside, sigma_min, sigma_max):
     inside, outside : Model
         On the same process; called with 0-d times, as `sample` does.
     sigma_min, sigma_max : float
+        The latter may be infinite.
 
     Returns
     -------
@@ -155,13 +163,14 @@ def interval(inside, outside, sigma_min, sigma_max):
     if not 0 <= sigma_min < sigma_max:
         checks.fail("sigma_min, sigma_max", "be in order and at least 0", (sigma_min, sigma_max))
 
-    def call(models, x_t, t, **cond):
+    def call(both, x_t, t, **cond):
         if t.ndim:
             checks.fail("t", "be 0-d: one noise level for all samples", tuple(t.shape))
-        sigma = (-inside.process.continuous().log_snr(t.double()) / 2).exp()
-        return models[0 if sigma_min < sigma <= sigma_max else 1](x_t, t, **cond)
+        scale, std = inside.process.levels(t)
+        return both[0 if sigma_min < std / scale <= sigma_max else 1](x_t, t, **cond)
 
-    return Wrapped(call, nn.ModuleList([inside, outside]), inside.process)
+    models = nn.ModuleList([bind(inside), bind(outside)])  # bound to nothing: a plain function is a model, too
+    return Wrapped(call, models, inside.process)
 
 
 def _half(pred, rows):
@@ -171,10 +180,16 @@ def _half(pred, rows):
 
 
 def gradient(log_prob, x, t):
-    """grad_x of the sum of ``log_prob(x, t)``, shaped like x; works under no_grad and inference_mode."""
+    """grad_x of ``log_prob(x, t)`` (B,), row by row, shaped like x; works under no_grad and inference_mode.
+
+    What ``log_prob`` holds (labels, a classifier's weights) must not itself come from inference mode.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        return torch.autograd.grad(log_prob(x, t.clone()).sum(), x)[0]
+        value = log_prob(x, t.clone())
+        if value.shape != (len(x),):
+            checks.fail("log_prob(x, t)", f"have shape ({len(x)},), one number a sample", tuple(value.shape))
+        return torch.autograd.grad(value.sum(), x)[0]
 
 
 def classifier(model, log_prob, w):
@@ -185,8 +200,10 @@ def classifier(model, log_prob, w):
     Parameters
     ----------
     model : Model
+        Unconditional. On a conditional one, ``bind(model, y=y)``, the scale is what is added: w - 1 (see
+        `w_from_extra`).
     log_prob : function (x (B, *D), t) -> Tensor, shape (B,)
-        log p(y | x_t) of a noise-aware classifier, for the labels wanted.
+        log p(y | x_t) of a noise-aware classifier, for the labels wanted: `NoisyClassifier.log_prob`.
     w : float
         At least 0.
 
@@ -194,14 +211,14 @@ def classifier(model, log_prob, w):
     -------
     Model
 
-    Equations: cg.eps
+    Equations: cg.joint_score, cg.eps, cg.step004
 
     References
     ----------
     .. [1] Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv:2105.05233, algorithm 2.
     """
     w = checks.real("w", w, 0)
-    checks.function("log_prob", log_prob, "lambda x, t: classifier(x, t).log_softmax(1)[:, y]")
+    checks.function("log_prob", log_prob, "noisy_classifier.log_prob(y)")
     if model.process.zero_terminal_snr:
         checks.fail("model.process", "keep some signal at T: eps says nothing there", "alpha_bar[T] = 0")
 
@@ -228,7 +245,7 @@ def static_threshold(model, limit=1.0):
 
     .. math:: \hat x_0 \leftarrow \mathrm{clip}(\hat x_0, -c, c)
 
-    Equations: thresh.static
+    Equations: thresh.static, thresh.sampler
 
     References
     ----------
@@ -254,7 +271,7 @@ def dynamic_threshold(model, percentile=0.995):
     -------
     Model
 
-    Equations: thresh.dynamic
+    Equations: thresh.dynamic, thresh.sampler, thresh.saturation
 
     References
     ----------

@@ -81,6 +81,7 @@ def classifier_loss(model, x0, t, eps, y):
         ``model(x_t, t)`` -> log probabilities (B, n_classes).
     x0, eps : Tensor, shape (B, *D)
     t : Tensor, shape (B,)
+        Times in [0, T]; 0 is clean data.
     y : Tensor, shape (B,), int64
 
     Returns

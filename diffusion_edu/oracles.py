@@ -174,9 +174,11 @@ class GaussianMixtureOracle(Oracle):
         t : Tensor, 0-d or shape (B,)
         y : Tensor, shape (B,), int64
         w : float
+            At least 0.
 
         Equations: cg.tempered, cfg.tempered
         """
+        w = checks.real("w", w, 0)
         log_joint = self._components(x, t)[0]
         checks.labels("y", y, len(x), len(self.means))
         return log_joint.logsumexp(1) + w * log_joint.log_softmax(1).gather(1, y[:, None])[:, 0]

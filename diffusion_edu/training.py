@@ -110,11 +110,12 @@ def fit(model, x0, recipe, *, ema=None, **cond):
     FloatingPointError
         If a loss is not finite: names the step and the parameter; the step is not taken.
 
-    Equations: ddpm.train_alg1, ddpm.train_code, ncsn.train
+    Equations: ddpm.train_alg1, ddpm.train_code, ncsn.train, cfg.dropout, cfg.train
 
     References
     ----------
-    .. [1] Ho et al., 2020, arXiv:2006.11239, algorithm 1.
+    .. [1] Ho et al., 2020, arXiv:2006.11239, algorithm 1; Ho and Salimans, 2022, arXiv:2207.12598, algorithm 1, for
+       ``p_drop``.
     """
     check_data(x0, cond)
     generator, n = torch.Generator().manual_seed(recipe.seed), recipe.batch_size

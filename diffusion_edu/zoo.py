@@ -66,7 +66,8 @@ def folder_of(name):
 
 def digit_grid(process, n_steps):
     """Times for digits: equal steps in log SNR from T down to std / scale = 0.02, then 0."""
-    return process.grid(n_steps, uniform_log_snr(process.time_of(torch.tensor(-2 * math.log(0.02))).item()))
+    lowest = torch.tensor(-2 * math.log(0.02), dtype=torch.float64)
+    return process.grid(n_steps, uniform_log_snr(process.time_of(lowest).item()))
 
 
 def draw(model, y, w=1.0, n_steps=16, seed=0, shape=(1, 8, 8)):

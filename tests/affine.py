@@ -3,6 +3,7 @@
 from itertools import count
 
 import torch
+from exact import F64, close
 
 from diffusion_edu.samplers import sample
 
@@ -30,6 +31,11 @@ def affine_law(run):
 
     out = run(impulse, torch.zeros(n_noises + 1, 1, dtype=torch.float64)).squeeze(1)
     return out[-1].item(), ((out[:-1] - out[-1]) ** 2).sum().item()
+
+
+def laws_agree(a, b, tol):
+    """Assert that two (mean, variance) agree to ``tol``."""
+    close(torch.tensor(a, dtype=F64), torch.tensor(b, dtype=F64), tol)
 
 
 def last(iterator):

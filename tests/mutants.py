@@ -31,6 +31,7 @@ def mutant(name, target, tests, notebook, stops="check"):
 
     def register(replace):
         tests_ = tests.split()
+        assert name not in MUTANTS, name
         MUTANTS[name] = Mutant(name, replace.__doc__, target, replace, tests_, notebook, stops)
         return replace
 
@@ -861,7 +862,7 @@ def _ddim_step(x_s):
     return make_ddim_step
 
 
-DDIM = "test_samplers.py::test_the_ddim_noise_is_eta_times_the_posteriors_and_keeps_the_marginals"
+DDIM = "test_ddim.py::test_the_ddim_noise_is_eta_times_the_posteriors_and_keeps_the_marginals"
 
 
 @mutant("E000-16", "samplers.make_ddim_step", DDIM, "11")
@@ -946,6 +947,289 @@ def _(original):
         return x0.clamp(-s, s) / s
 
     return lambda model, percentile=0.995: _change_x0(model, lambda x0: change(x0, percentile))
+
+
+# Sections 17, 18 and 20: guidance and thresholds
+
+
+def _classifier(eps):
+    """classifier with another eps, from the prediction, w and the classifier's gradient."""
+    from diffusion_edu.guidance import Wrapped, gradient
+    from diffusion_edu.prediction import Prediction
+
+    def classifier(model, log_prob, w):
+        def call(m, x_t, t, **cond):
+            pred = m(x_t, t, **cond)
+            guided = eps(pred, w, gradient(log_prob, x_t, t))
+            return Prediction.from_eps(x_t, pred.scale, pred.std, guided, pred.frac)
+
+        return Wrapped(call, model)
+
+    return classifier
+
+
+UPHILL = "test_guidance.py::test_guidance_shifts_the_clean_data_up_the_gradient"
+
+
+@mutant("E000-24", "guidance.classifier", UPHILL, "13")
+def _(original):
+    """The classifier joins the loss and not the sampler: the model's answers stay as they are."""
+    return lambda model, log_prob, w: model
+
+
+@mutant("table-guidance-sign", "guidance.classifier", UPHILL, "13")
+def _(original):
+    """The gradient has the wrong sign: guidance leads away from y."""
+    return _classifier(lambda pred, w, slope: pred.eps + w * pred.std * slope)
+
+
+@mutant("table-guidance-std", "guidance.classifier", UPHILL, "13")
+def _(original):
+    """sqrt(1 - alpha_bar) in front of the gradient is forgotten."""
+    return _classifier(lambda pred, w, slope: pred.eps - w * slope)
+
+
+@mutant("table-guidance-root", "guidance.classifier", UPHILL, "13")
+def _(original):
+    """1 - alpha_bar for its root."""
+    return _classifier(lambda pred, w, slope: pred.eps - w * pred.std**2 * slope)
+
+
+@mutant(
+    "table-guidance-log",
+    "guidance.gradient",
+    "test_guidance.py::test_adding_the_classifiers_gradient_gives_the_conditional_score",
+    "13",
+)
+def _(original):
+    """The gradient of the probability: its logarithm is forgotten."""
+    return lambda log_prob, x, t: original(lambda x, t: log_prob(x, t).exp(), x, t)
+
+
+def _guided_mean(shift):
+    """guided_mean with another shift, from w, sigma, the gradient as a function of x and time, x_t, t, mean and s."""
+    from diffusion_edu.guidance import gradient
+    from diffusion_edu.samplers import KernelStep
+
+    def guided_mean(step, log_prob, w):
+        def kernel(model, x_t, t, s):
+            mean, sigma = step.kernel(model, x_t, t, s)
+            if s == 0 and not step.draws_last:
+                return mean, sigma
+            return mean + shift(w, sigma, lambda x, t: gradient(log_prob, x, t), x_t, t, mean, s), sigma
+
+        return KernelStep(kernel, step.draws_last)
+
+    return guided_mean
+
+
+MEAN = (
+    "test_guidance.py::test_the_guided_mean_is_exact_for_a_log_linear_classifier "
+    "test_guidance.py::test_the_guided_mean_takes_the_gradient_at_the_mean_of_the_step"
+)
+
+
+@mutant("table-mean-place", "samplers.guided_mean", MEAN, "13")
+def _(original):
+    """The gradient is taken at x_t and t, not at the mean of the step and s."""
+    return _guided_mean(lambda w, sigma, slope, x_t, t, mean, s: w * sigma**2 * slope(x_t, t))
+
+
+@mutant("table-mean-sigma", "samplers.guided_mean", MEAN, "13")
+def _(original):
+    """The standard deviation of the step, not its variance, multiplies the gradient."""
+    return _guided_mean(lambda w, sigma, slope, x_t, t, mean, s: w * sigma * slope(mean, s))
+
+
+TEMPERED = "test_oracles.py::test_the_gradient_of_the_tempered_density_is_the_guided_score"
+
+
+@mutant("E004-16", "oracles.GaussianMixtureOracle.tempered_log_density", TEMPERED, "13")
+def _(original):
+    """p^w is normalised over the classes again, by a Z that depends on x_t."""
+
+    def tempered_log_density(self, x, t, y, w):
+        power = (w * self.class_log_prob(x, t)).log_softmax(1)
+        return self.log_prob(x, t) + power.gather(1, y[:, None])[:, 0]
+
+    return tempered_log_density
+
+
+@mutant("table-tempered-given", "oracles.GaussianMixtureOracle.tempered_log_density", TEMPERED, "13")
+def _(original):
+    """q(x_t | y) q(y | x_t)^w for q(x_t) q(y | x_t)^w: the power is one too high."""
+    return lambda self, x, t, y, w: original(self, x, t, y, w + 1)
+
+
+@mutant(
+    "table-tempered-bell",
+    "gaussian.guided_normal",
+    "test_gaussian.py::test_a_prior_times_a_likelihood_to_the_power_w_is_a_gaussian",
+    "13",
+)
+def _(original):
+    """The power w multiplies the variance of the likelihood, where it divides it."""
+    return lambda y, r2, w, mean=0.0, var=1.0: original(y, r2 * max(w, 1e-9), 1.0, mean, var)
+
+
+@mutant(
+    "table-clean-classifier",
+    "losses.classifier_loss",
+    "test_classifier.py::test_the_loss_is_the_cross_entropy_of_noised_data",
+    "13",
+)
+def _(original):
+    """The classifier is trained on clean data, whatever the time it is told."""
+
+    def classifier_loss(model, x0, t, eps, y):
+        return -model(x0, t).gather(1, y[:, None])[:, 0]
+
+    return classifier_loss
+
+
+def _classifier_free(both):
+    """classifier_free with other arithmetic, from the conditional and the unconditional prediction and w."""
+    from diffusion_edu.guidance import Wrapped
+
+    def classifier_free(model, w, negative=None, **bound):
+        def call(m, x_t, t, **cond):
+            import torch
+
+            drop = torch.ones(len(x_t), dtype=torch.bool)
+            other = m(x_t, t, **bound | negative) if negative else m(x_t, t, **bound, drop=drop)
+            return both(m(x_t, t, **bound), other, w)
+
+        return Wrapped(call, model)
+
+    return classifier_free
+
+
+FREE = "test_guidance.py::test_guidance_extrapolates_from_the_unconditional_model"
+
+
+@mutant("E000-25", "guidance.classifier_free", FREE, "14")
+def _(original):
+    """A linear interpolation: the scale stops at 1."""
+    return _classifier_free(lambda given, free, w: free.toward(given, min(w, 1)))
+
+
+@mutant("table-free-halves", "guidance.classifier_free", FREE, "14")
+def _(original):
+    """The halves are swapped: guidance leads from the conditional model to the unconditional one."""
+    return _classifier_free(lambda given, free, w: given.toward(free, w))
+
+
+@mutant("table-free-extra", "guidance.classifier_free", FREE, "14")
+def _(original):
+    """(1 + w) eps(x | y) - w eps(x) with the w that is 1 for the conditional model: one too much."""
+    return _classifier_free(lambda given, free, w: free.toward(given, w + 1))
+
+
+@mutant("table-free-null", "guidance.classifier_free", FREE, "14")
+def _(original):
+    """The condition is not dropped: both halves carry it."""
+    return _classifier_free(lambda given, free, w: given.toward(given, w))
+
+
+@mutant(
+    "table-free-convention", "guidance.w_from_extra", "test_guidance.py::test_the_two_conventions_differ_by_one", "14"
+)
+def _(original):
+    """Ho and Salimans' w is taken for ours."""
+    return lambda extra: max(float(extra), 0.0)
+
+
+@mutant(
+    "table-interval-ends",
+    "guidance.interval",
+    "test_guidance.py::test_an_interval_has_its_upper_end_and_not_its_lower_and_takes_plain_functions",
+    "14",
+)
+def _(original):
+    """Guidance outside of the interval."""
+    return lambda inside, outside, sigma_min, sigma_max: original(outside, inside, sigma_min, sigma_max)
+
+
+@mutant(
+    "table-dropout-unused",
+    "training.fit",
+    "test_training.py::test_one_network_learns_the_conditional_and_the_marginal_noise_if_labels_are_dropped",
+    "14",
+)
+def _(original):
+    """Coins are drawn for dropping the labels, and none is dropped."""
+    from dataclasses import replace
+
+    def fit(model, x0, recipe, **options):
+        return original(model, x0, replace(recipe, p_drop=min(recipe.p_drop, 1e-12)), **options)
+
+    return fit
+
+
+@mutant(
+    "table-null-row",
+    "nets.layers.Conditioning._rows",
+    "test_nets.py::test_dropping_the_label_of_all_is_the_null_label_whatever_they_were",
+    "14",
+)
+def _(original):
+    """A dropped label is read as class 0."""
+
+    def _rows(self, clock, y, drop):
+        rows = original(self, clock, y, None)
+        return rows if drop is None else rows * ~drop
+
+    return _rows
+
+
+STATIC = "test_guidance.py::test_static_threshold_clips_the_clean_data_and_recomputes_the_noise"
+DYNAMIC = "test_guidance.py::test_dynamic_threshold_rescales_each_sample_by_its_own_percentile"
+
+
+def _percentile(x, p):
+    """One percentile of |x| for each sample, ready to divide x."""
+    return x.abs().flatten(1).quantile(p, dim=1).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@mutant("E000-33b", "guidance.dynamic_threshold", DYNAMIC, "14")
+def _(original):
+    """x_t is rescaled, not the prediction of x_0."""
+    from diffusion_edu.guidance import Wrapped
+
+    def change(x, p):
+        s = _percentile(x, p).clamp(min=1)
+        return x.clamp(-s, s) / s
+
+    return lambda model, percentile=0.995: Wrapped(lambda m, x, t, **c: m(change(x, percentile), t, **c), model)
+
+
+@mutant("E000-35", "guidance.dynamic_threshold", DYNAMIC, "14")
+def _(original):
+    """jnp.max(s, 1.0) is no maximum of s and 1: data that lie well inside the range are blown up."""
+    from diffusion_edu.guidance import _change_x0
+
+    def change(x0, p):
+        s = _percentile(x0, p)
+        return x0.clamp(-s, s) / s
+
+    return lambda model, percentile=0.995: _change_x0(model, lambda x0: change(x0, percentile))
+
+
+@mutant("table-threshold-eps", "guidance._change_x0", f"{STATIC} {DYNAMIC}", "14")
+def _(original):
+    """The noise is not computed again: x0 and eps no longer make up x_t."""
+    from dataclasses import replace
+
+    from diffusion_edu.guidance import Wrapped
+
+    def _change_x0(model, change):
+        def call(m, x_t, t, **cond):
+            pred = m(x_t, t, **cond)
+            return replace(pred, x0=change(pred.x0))
+
+        return Wrapped(call, model)
+
+    return _change_x0
 
 
 # Sections 13 and 14: scores, Langevin dynamics, SDEs and the probability flow
@@ -1187,6 +1471,289 @@ def _(original):
 def _(original):
     """(1 - t) a + t b: a plain mixture, whose variance shrinks."""
     return lambda a, b, t=0.3: original(a, b, t) * math.hypot(1 - t, t)
+
+
+# Sections 15 and 16: DDIM, fast solvers, distillation
+
+
+@mutant("E000-17b-ddim", "samplers.make_ddim_step", "test_ddim.py::test_ddim_on_strides_is_the_exact_recursion", "11")
+def _(original):
+    """alpha_t and alpha_bar_{t-1} in a stride: the lecture's step, which is right for s = t - 1 only."""
+    from diffusion_edu.samplers import KernelStep, ddim_sigma
+
+    def make_ddim_step(eta=0.0):
+        def kernel(model, x_t, t, s):
+            eps, process = model(x_t, t).eps, model.process
+            sigma = ddim_sigma(process, t, s, eta)
+            (_, b_t), (_, before) = process.marginal(t), process.marginal(t - 1)
+            mean = (x_t - b_t * eps) / process.alpha[t].sqrt() + (before**2 - sigma**2).clamp_min(0).sqrt() * eps
+            return mean, sigma if eta else None
+
+        return KernelStep(kernel)
+
+    return make_ddim_step
+
+
+MARGINALS = "test_ddim.py::test_every_admissible_sigma_keeps_the_marginals"
+
+
+@mutant("table-ddim-direction", "samplers.ddim_mean", MARGINALS, "11")
+def _(original):
+    """The direction back to x_t keeps its full length, sqrt(1 - alpha_bar_s), whatever sigma."""
+    return lambda process, x0, eps, s, sigma: original(process, x0, eps, s, 0 * sigma)
+
+
+@mutant("table-ddim-sigma", "samplers.ddim_sigma", "test_ddim.py::test_ddim_with_eta_one_is_the_ancestral_step", "11")
+def _(original):
+    """sigma = eta sqrt(1 - alpha_bar_s)."""
+    return lambda process, t, s, eta=1.0: eta * process.marginal(s)[1]
+
+
+@mutant(
+    "table-ddim-last",
+    "samplers.ddim_mean",
+    "test_ddim.py::test_one_ddim_step_is_exact_where_the_guess_is_constant",
+    "11",
+)
+def _(original):
+    """The chain ends at alpha_bar_1, not at the data (diffusers without set_alpha_to_one)."""
+    return lambda process, x0, eps, s, sigma: original(process, x0, eps, s.clamp(min=1), sigma)
+
+
+@mutant(
+    "table-inversion-level",
+    "samplers.ddim._up",
+    "test_ddim.py::test_inversion_walks_ddim_upward_and_asks_at_the_level_where_it_stands",
+    "11",
+)
+def _(original):
+    """On the way up the model is asked about (x_s, t): x_s looks less noisy than it is told (as in diffusers)."""
+    from diffusion_edu.process import expand
+
+    def _up(model, x_s, s, t, n_refine):
+        (a_s, b_s), (a_t, b_t) = ([expand(c, x_s) for c in model.process.marginal(u)] for u in (s, t))
+        x_t = x_s
+        for _ in range(1 + n_refine):
+            eps = model(x_t, t).eps
+            x_t = a_t * (x_s - b_s * eps) / a_s + b_t * eps
+        return x_t
+
+    return _up
+
+
+DPM = "test_solvers.py::test_dpm_solver_2_and_2s_are_the_papers_listings"
+DPM_1 = "test_solvers.py::test_dpm_solver_1_is_ddim_by_another_route"
+
+
+@mutant(
+    "table-lambda-factor",
+    "samplers.half_log_snr",
+    "test_solvers.py::test_half_the_log_snr_has_the_inverse_time_of_and_is_the_log_of_signal_over_noise",
+    "12",
+)
+def _(original):
+    """lambda is the log SNR, twice what the solvers' formulas mean by it."""
+    return lambda process, t: 2 * original(process, t)
+
+
+@mutant("table-dpm-level", "samplers.solvers._eps_form", DPM_1, "12")
+def _(original):
+    """sigma_s (e^h - 1): the level the step comes from, for the one it goes to."""
+    import torch
+
+    from diffusion_edu.process import expand
+    from diffusion_edu.samplers import half_log_snr
+
+    def _eps_form(process, x_t, t, s, eps):
+        (a_t, b_t), (a_s, _) = process.marginal(t), process.marginal(s)
+        h = half_log_snr(process, s) - half_log_snr(process, t)
+        return expand(a_s / a_t, x_t) * x_t - expand(b_t * torch.expm1(h), x_t) * eps
+
+    return _eps_form
+
+
+@mutant("table-dpm2-half", "samplers.dpm2_step", DPM, "12")
+def _(original):
+    """e^h - 1 for e^{h/2} - 1 in the first half of DPM-Solver-2."""
+    from diffusion_edu.samplers import ddim_step, solvers
+
+    def dpm2_step(model, x_t, t, s, noise=None):
+        if solvers._at_an_end(model.process, t, s):
+            return ddim_step(model, x_t, t, s, noise)
+        sde, t, s = model.process.continuous(), t.double(), s.double()
+        m, eps = solvers._midpoint(sde, t, s), model(x_t, t).eps
+        (a_t, _), (a_m, b_m) = sde.marginal(t), sde.marginal(m)
+        h = solvers.half_log_snr(sde, s) - solvers.half_log_snr(sde, t)
+        u = a_m / a_t * x_t - b_m * (h.exp() - 1) * eps
+        return solvers._eps_form(sde, x_t, t, s, model(u, m).eps)
+
+    return dpm2_step
+
+
+@mutant("table-dpmpp-sign", "samplers.solvers._x0_form", DPM, "12")
+def _(original):
+    """e^h - 1 for e^{-h} - 1 where x0 is frozen."""
+    import torch
+
+    from diffusion_edu.process import expand
+    from diffusion_edu.samplers import half_log_snr
+
+    def _x0_form(process, x_t, t, s, x0):
+        (_, b_t), (a_s, b_s) = process.marginal(t), process.marginal(s)
+        h = half_log_snr(process, s) - half_log_snr(process, t)
+        return expand(b_s / b_t, x_t) * x_t - expand(a_s * torch.expm1(h), x_t) * x0
+
+    return _x0_form
+
+
+@mutant("table-2m-ratio", "samplers.Dpmpp2M.advance", "test_solvers.py::test_dpmpp_2m_is_the_papers_listing", "12")
+def _(original):
+    """r = h_i / h_{i-1}: the ratio of the steps upside down."""
+    from diffusion_edu.process import expand
+    from diffusion_edu.samplers import half_log_snr, solvers
+
+    def advance(self, process, x_t, t, s):
+        (lam, x0), *before = self.memory
+        if before:
+            h, h_before = half_log_snr(process, s) - lam, lam - before[0][0]
+            x0 = x0 + expand(h_before / (2 * h), x_t) * (x0 - before[0][1])
+        return solvers._x0_form(process, x_t, t, s, x0)
+
+    return advance
+
+
+HEUN = "test_solvers.py::test_heun_is_edms_listing_and_takes_two_evaluations_but_one_at_the_end"
+
+
+@mutant("table-heun-half", "samplers.heun_step", HEUN, "12")
+def _(original):
+    """The sum of the two slopes for their mean."""
+
+    def heun_step(model, x_t, t, s, noise=None):
+        x_s, (a_t, _), (a_s, _) = (
+            original(model, x_t, t, s, noise),
+            model.process.marginal(t),
+            model.process.marginal(s),
+        )
+        return x_s if s == 0 or a_t == 0 else 2 * x_s - (a_s / a_t).to(x_t) * x_t  # x_bar + 2 (the mean's step)
+
+    return heun_step
+
+
+@mutant(
+    "table-churn-root",
+    "samplers.compose.jump",
+    "test_solvers.py::test_churn_moves_up_the_marginals_and_zero_churn_is_the_step",
+    "12",
+)
+def _(original):
+    """sigma_hat^2 - sigma^2 in front of the fresh noise: the root is forgotten."""
+    return lambda process, t, s: (original(process, t, s)[0], original(process, t, s)[1] ** 2)
+
+
+@mutant(
+    "table-adams-weight",
+    "samplers.solvers._adams_weights",
+    "test_solvers.py::test_adams_of_order_k_is_exact_where_eps_is_a_polynomial_of_degree_below_k_in_lambda",
+    "12",
+)
+def _(original):
+    """The weights of the ordinary Adams rule: e^(h - u) is left out of the integral."""
+    import torch
+
+    def _adams_weights(nodes, h):
+        k = torch.arange(len(nodes), device=nodes.device)
+        return torch.linalg.solve(nodes ** k[:, None], h / (k + 1))
+
+    return _adams_weights
+
+
+TARGET = "test_distill.py::test_one_step_on_the_target_lands_where_the_teachers_two_steps_do"
+
+
+@mutant("table-target-swap", "distill.two_step_target", TARGET, "12")
+def _(original):
+    """alpha and sigma change places in the target of progressive distillation."""
+    from diffusion_edu.guidance import bind
+    from diffusion_edu.process import expand
+    from diffusion_edu.samplers import ddim_step
+
+    def two_step_target(teacher, x_t, t, m, s, **cond):
+        model, process = bind(teacher, **cond), teacher.process
+        x_s = ddim_step(model, ddim_step(model, x_t, t, m, None), m, s, None)
+        (a_s, b_s), (a_t, b_t) = process.marginal(s), process.marginal(t)
+        ratio = a_s / a_t
+        return (x_s - expand(ratio, x_t) * x_t) / expand(b_s - ratio * b_t, x_t)
+
+    return two_step_target
+
+
+@mutant("table-target-one-step", "distill.two_step_target", TARGET, "12")
+def _(original):
+    """The teacher takes one step only, t to m: the student learns what its teacher says, not what two steps do."""
+    return lambda teacher, x_t, t, m, s, **cond: teacher(x_t, t, **cond).x0
+
+
+@mutant(
+    "table-truncated-min",
+    "losses.truncated_snr_weight",
+    "test_distill.py::test_the_two_weights_are_the_larger_of_two_losses_and_the_loss_of_v",
+    "12",
+)
+def _(original):
+    """min(SNR, 1) for max(SNR, 1): where there is no signal, nothing is learned."""
+    from diffusion_edu.losses import loss_ratio
+
+    return lambda process, t: loss_ratio(process, t, "eps").clamp(max=1)
+
+
+@mutant(
+    "table-student-grid",
+    "distill.grid_times",
+    "test_distill.py::test_training_times_are_those_of_the_grid_but_its_last_each_as_likely",
+    "12",
+    stops="refusal",
+)
+def _(original):
+    """The student's training times are off by one: time 0 is drawn, and T never."""
+    import torch
+
+    def grid_times(times):
+        def sample_t(process, n, generator=None):
+            return times[torch.randint(1, len(times), (n,), generator=generator)]
+
+        return sample_t
+
+    return grid_times
+
+
+@mutant(
+    "table-consistency-gradient",
+    "distill.consistency_loss",
+    "test_distill.py::test_no_gradient_flows_through_the_later_answer_and_time_0_is_the_data",
+    "12",
+)
+def _(original):
+    """The gradient flows through the later answer, too: no stop-gradient."""
+    import torch
+
+    from diffusion_edu import distill
+    from diffusion_edu.process import expand, q_sample
+    from diffusion_edu.samplers import ddim_step
+
+    def consistency_loss(teacher, times, weight=distill.truncated_snr_weight):
+        def loss(model, x0, t, eps, **cond):
+            x_t = q_sample(model.process, x0, t, eps)
+            (s,) = distill._following(times, t, 1)
+            x_s = ddim_step(distill.bind(teacher, **cond), x_t, t, s, None).detach()
+            later = model(x_s, s.clamp(min=times[-2].item()), **cond).x0
+            target = torch.where(expand(s, x_s) > 0, later, x_s)
+            error = ((target - model(x_t, t, **cond).x0) ** 2).flatten(1).mean(1)
+            return weight(model.process, t).to(error) * error
+
+        return loss
+
+    return consistency_loss
 
 
 # Trying them

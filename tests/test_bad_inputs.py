@@ -25,11 +25,14 @@ from diffusion_edu.elbo import (
     log_ratio_bound,
     noising_path,
 )
+from diffusion_edu.gaussian import guided_normal
 from diffusion_edu.guidance import (
     classifier,
     classifier_free,
     dynamic_threshold,
+    interval,
     static_threshold,
+    w_from_extra,
 )
 from diffusion_edu.likelihood import ode_log_prob, probes
 from diffusion_edu.losses import denoising_loss, elbo_weight, loss_ratio, min_snr_weight
@@ -136,6 +139,26 @@ def run(step=ddim_step, model=ORACLE, grid=(5, 3, 0), x=POINTS, noise=None):
 def channels(n):
     """A network whose output has n channels."""
     return lambda x, clock, **cond: x[:, :1].expand(len(x), n, *x.shape[2:])
+
+
+Y = times(0, 1)
+
+
+def guided(w, n_classes=3, **conditions):
+    """One call of a guided network of three classes, or of none."""
+    return lambda: classifier_free(net_of(n_classes), w, **conditions)(POINTS.float(), times(5))
+
+
+def net_of(n_classes):
+    return Denoiser(MLP(width=8, depth=1, n_classes=n_classes), TABLE)
+
+
+def fit_points(n_classes, recipe, **cond):
+    return fit(net_of(n_classes), POINTS.float(), recipe, **cond)
+
+
+def tempered(w, y=Y):
+    return TWO.tempered_log_density(POINTS, times(5), y, w)
 
 
 SHAPES = [
@@ -395,12 +418,54 @@ PARAMETERS = [
     *(refuse(59, f"cfg-{w}", lambda w=w: classifier_free(TWO, w, y=times(0, 1)), "w", str(w)) for w in (NAN, -1.0)),
     *(refuse(59, f"cg-{w}", lambda w=w: classifier(TWO, print, w), "w", str(w)) for w in (NAN, -1.0)),
     refuse(59, "mean", lambda: guided_mean(make_ddpm_step(), print, -1.0), "w", "-1"),
+    refuse(59, "text", lambda: classifier_free(TWO, "3", y=times(0, 1)), "w", "'3'", TypeError),
+    refuse(59, "a-scale-each", lambda: classifier_free(TWO, POINTS[0], y=times(0, 1)), "w", "a tensor", TypeError),
+    *(refuse(59, f"extra-{e}", lambda e=e: w_from_extra(e), "extra", str(e)) for e in (NAN, -1.5)),
+    *(refuse(59, f"density-{w}", lambda w=w: tempered(w), "w", str(w)) for w in (NAN, -1.0)),
+    refuse(59, "product", lambda: guided_normal(0.0, 1.0, -2.0), "w", "-2.0"),
+    *(
+        refuse(59, f"interval-{name}", lambda ends=ends: interval(TWO, TWO, *ends), "sigma_min, sigma_max", got)
+        for name, ends, got in (
+            ("reversed", (2.0, 1.0), "(2.0, 1.0)"),
+            ("empty", (1.0, 1.0), "(1.0, 1.0)"),
+            ("negative", (-1.0, 1.0), "(-1.0, 1.0)"),
+            ("nan", (0.0, NAN), "(0.0, nan)"),
+        )
+    ),
+    refuse(59, "interval-t", lambda: interval(TWO, TWO, 0.1, 1.0)(POINTS, times(5, 6)), "t", "(2,)"),
+    refuse(59, "no-classifier", lambda: classifier(TWO, None, 1.0), "log_prob", "None", TypeError),
+    refuse(59, "logits", lambda: classifier(TWO, POINTS, 1.0), "log_prob", "a tensor of shape (2, 2)", TypeError),
+    refuse(59, "mean-classifier", lambda: guided_mean(make_ddpm_step(), 1.0, 1.0), "log_prob", "1.0", TypeError),
+    *(
+        refuse(59, f"{name}-of-all-classes", call, "log_prob(x, t)", "(2, 2)")  # a sum over classes would be wrong
+        for name, call in (
+            ("eps", lambda: classifier(TWO, TWO.class_log_prob, 1.0)(POINTS, times(5))),
+            ("mean", run(guided_mean(make_ddpm_step(), TWO.class_log_prob, 1.0), TWO, noise=noises(0))),
+        )
+    ),
     refuse(61, "null-label", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2), y=times(0, 3)), "y", "0..3"),
     refuse(61, "oracle", lambda: TWO(POINTS, times(5), y=times(0, 2)), "y", "0..2"),
+    refuse(61, "density", lambda: tempered(1.0, times(0, 2)), "y", "0..2"),
+    *(refuse(61, f"guided-{w}", guided(w, y=times(0, 3)), "y", "0..3") for w in (0, 1, 3)),
+    refuse(61, "unwanted", guided(3, y=times(0, 1), negative={"y": times(0, 3)}), "y", "0..3"),
     refuse(62, "negative", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2), y=times(0, -1)), "y", "-1..0"),
+    *(refuse(62, f"guided-{w}", guided(w, y=times(0, -1)), "y", "-1..0") for w in (0, 1, 3)),
     refuse(63, "missing", lambda: MLP(n_classes=3)(POINTS.float(), torch.ones(2)), "y", "None"),
     refuse(63, "unasked", lambda: MLP()(POINTS.float(), torch.ones(2), y=times(0, 1)), "y", "labels"),
     refuse(63, "nothing-bound", lambda: classifier_free(TWO, 2.0), "conditions", "none"),
+    *(refuse(63, f"guided-unasked-{w}", guided(w, None, y=times(0, 1)), "y", "labels") for w in (0, 1, 3)),
+    *(
+        refuse(63, f"guided-{name}", lambda y=y: classifier_free(TWO, 2.0, y=y), "y", got, TypeError)
+        for name, y, got in (("list", [0, 1], "[0, 1]"), ("number", 1, "1"), ("one", times(1), "a tensor of shape ()"))
+    ),
+    refuse(63, "negative-list", lambda: classifier_free(TWO, 2.0, {"y": [0]}, y=times(1, 1)), "y", "[0]", TypeError),
+    refuse(63, "negative-name", lambda: classifier_free(TWO, 2.0, {"x": 0}, y=times(1, 1)), "key in negative", "'x'"),
+    refuse(63, "floats", guided(3, y=torch.ones(2)), "y", "torch.float32", TypeError),
+    refuse(63, "too-few", guided(3, y=times(0, 1), negative={"y": torch.tensor([1])}), "y", "1"),
+    refuse(63, "nested", lambda: classifier_free(classifier_free(TWO, 2, y=Y), 2, y=Y)(POINTS, times(5)), "drop", "a"),
+    *(refuse(65, f"p_drop={p}", lambda p=p: Recipe(1, p_drop=p), "p_drop", str(p)) for p in (-0.1, 1.5, NAN)),
+    refuse(65, "text", lambda: Recipe(1, p_drop="0.1"), "p_drop", "'0.1'", TypeError),
+    refuse(65, "nothing-to-drop", lambda: next(fit_points(None, Recipe(1, 2, p_drop=0.5))), "y", "labels"),
     refuse(70, "nan", lambda: frechet_distance(randn(9, 2), randn(9, 2) / 0), "features_y", "NaN"),
     refuse(70, "one", lambda: frechet_distance(randn(1, 2), randn(9, 2)), "features_x", "(1, 2)"),
 ]
@@ -704,6 +769,40 @@ def test_58_a_finished_run_is_finished():
     next(walk)
     with pytest.raises(StopIteration):
         next(walk)
+
+
+@pytest.mark.parametrize("w, rows", [(0, 2), (1, 2), (1.0, 2), (0.5, 4), (3, 4)])
+def test_60_the_network_is_called_once_a_step_and_on_both_halves_only_where_they_count(w, rows):
+    seen = []
+
+    def net(x, clock, y, drop=None):
+        seen.append((len(x), None if drop is None else drop.tolist()))
+        return x + y[:, None] * (1 if drop is None else ~drop[:, None])
+
+    run(ddim_step, classifier_free(Denoiser(net, TABLE), w, y=Y), grid=(5, 3, 1, 0))()
+    drop = {0: [True] * 2, 1: None}.get(w, [False] * 2 + [True] * 2)
+    assert seen == [(rows, drop)] * 3
+
+
+def test_64_a_network_that_ignores_its_labels_warns_once():
+    blind = Denoiser(lambda x, clock, **cond: 0.1 * x, TABLE)
+    with pytest.warns(UserWarning, match="the same with and without its condition: w has no effect") as caught:
+        run(ddim_step, classifier_free(blind, 2.0, y=Y), grid=(1000, 500, 200, 0))()
+    assert len(caught) == 1
+
+
+def test_65_labels_are_dropped_in_training_only_and_all_of_them_at_1():
+    for p_drop, kept in ((0.0, True), (1.0, False)):
+        torch.manual_seed(0)
+        model = net_of(2)
+        before = model.net.condition.label.weight.detach().clone()
+        list(fit(model, POINTS.float(), Recipe(5, 8, lr=0.1, p_drop=p_drop), y=Y))
+        moved = (model.net.condition.label.weight != before).any(1)
+        assert moved.tolist() == [kept, kept, not kept]  # the rows of the labels, or of none
+        for training in (True, False):  # whatever the mode, asking is not dropping
+            model.train(training)
+            answers = [model(POINTS.float(), times(5), y=Y).x0 for _ in range(20)]
+            assert all(torch.equal(a, answers[0]) for a in answers)
 
 
 def test_70_identical_features_are_at_distance_zero_and_too_few_warn():

@@ -1,6 +1,7 @@
 """Section 3: Gaussian identities. Float64 throughout; each test names what it is compared with."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusion_edu.gaussian import (
     add_gaussians,
     convolve_density,
     gaussian_product,
+    guided_normal,
     kl_equal_var,
     mixture_moments,
     normal_entropy,
@@ -150,6 +152,29 @@ def test_equal_variances_leave_a_scaled_squared_distance():
         close(kl_equal_var(mean1, mean2, var), normal_kl(mean1, var, mean2, var).sum((1, 2)), 1e-14)
 
 
+@pytest.mark.equation("cg.gaussian_closed_form")
+@pytest.mark.parametrize("m, s2, y, r2", [(0.0, 1.0, 1.5, 0.4), (-0.7, 0.3, 0.9, 2.0)])
+def test_a_prior_times_a_likelihood_to_the_power_w_is_a_gaussian(m, s2, y, r2):
+    x = torch.linspace(-8, 8, 4001, dtype=F64)
+    for w in (0.0, 0.5, 1.0, 4.0):
+        mean, var = guided_normal(y, r2, w, m, s2)
+        p = normal_log_prob(x, m, s2).exp() * normal_log_prob(x, y, r2).exp() ** w  # N(y; x, r2) is N(x; y, r2)
+        close(p / (p.sum() * 0.004), normal_log_prob(x, mean, var).exp(), 1e-8)
+    mean, var = guided_normal(y, r2, 3.0)  # N(0, 1) data: the printed form
+    close(mean, torch.tensor(3 * y / (r2 + 3), dtype=F64)), close(var, torch.tensor(1 / (1 + 3 / r2), dtype=F64))
+
+
+@pytest.mark.equation("cg.tradeoff")
+def test_a_larger_scale_trades_entropy_for_likelihood():
+    y, r2, scales = 1.5, 0.4, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 100.0)
+    laws = [guided_normal(y, r2, w) for w in scales]
+    entropies = [normal_entropy(var).item() for _, var in laws]
+    fit = [-((y - mean) ** 2 + var).item() / (2 * r2) for mean, var in laws]  # E log p(y | x), but for a constant
+    assert all(a > b for a, b in pairwise(entropies)) and all(a < b for a, b in pairwise(fit))
+    close(torch.stack([var for _, var in laws]), 1 / (1 + torch.tensor(scales, dtype=F64) / r2), 1e-15)
+    assert abs(laws[-1][0] - y) < 0.01 and laws[-1][1] < 0.005  # in the end the mode of the likelihood is all
+
+
 @pytest.mark.equation("gauss.entropy")
 def test_entropy_equals_torch_and_minus_the_mean_log_density():
     var = randn(9).exp()
@@ -175,6 +200,10 @@ BAD = [
     (lambda: normal_kl(0.0, 1.0, 0.0, 0.0), "var2 must be a variance"),
     (lambda: kl_equal_var(X, X[:2], 1.0), r"mean2 must have the shape of mean1, \(4, 2\)"),
     (lambda: normal_entropy(1.0, d=0), "d must be at least 1"),
+    (lambda: guided_normal(0.0, 0.0, 1.0), "r2 must be a variance: finite and greater than 0; got 0"),
+    (lambda: guided_normal(0.0, 1.0, -1.0), "w must be at least 0; got -1"),
+    (lambda: guided_normal(float("nan"), 1.0, 1.0), "y must be finite"),
+    (lambda: guided_normal(0.0, 1.0, 1.0, var=-1.0), "var must be a variance"),
     (lambda: normal_entropy(-1.0), "var must be a variance"),
     (lambda: convolve_density(X, X[0], 0.1), "p must be 1-d and not empty"),
     (lambda: convolve_density(X[0], X[0], 0.0), "dx must be greater than 0"),

@@ -180,6 +180,20 @@ def test_every_part_of_the_unet_matters():
     assert all(size < sum(p.numel() for p in full.parameters()) for size in sizes.values())
 
 
+@pytest.mark.equation("cfg.null")
+@pytest.mark.parametrize("make", [lambda: UNet(1, width=8, n_classes=3), lambda: MLP(2, width=8, n_classes=3)])
+def test_dropping_the_label_of_all_is_the_null_label_whatever_they_were(make):
+    net = randomised(make())
+    x = randn(4, 1, 8, 8) if isinstance(net, UNet) else randn(4, 2)
+    clock, drop = torch.full((4,), 300.0, dtype=F64), torch.ones(4, dtype=torch.bool)
+    null = [net(x, clock, y=torch.tensor(y), drop=drop) for y in ([0, 1, 2, 1], [2, 2, 2, 2])]
+    assert torch.equal(*null)
+    net.condition.label.weight.data[0] = net.condition.label.weight.data[3]  # the fourth row is that of no label
+    torch.testing.assert_close(null[0], net(x, clock, y=torch.zeros(4, dtype=torch.int64)), rtol=0, atol=1e-12)
+    kept = net(x, clock, y=torch.tensor([0, 1, 2, 1]), drop=~drop)
+    assert torch.equal(kept, net(x, clock, y=torch.tensor([0, 1, 2, 1])))
+
+
 def test_without_skips_nothing_goes_round_the_bottom():
     x, clock = randn(1, 1, 8, 8), torch.zeros(1, dtype=F64)
     for without, reaches in (((), True), (("skips",), False)):

@@ -21,6 +21,7 @@ from exact import (
 from torch.distributions import MultivariateNormal
 
 from diffusion_edu.gaussian import normal_log_prob
+from diffusion_edu.guidance import classifier_free
 from diffusion_edu.oracles import DatasetOracle, GaussianMixtureOracle, GaussianOracle
 from diffusion_edu.process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, jump, posterior, q_sample
 from diffusion_edu.samplers import kernel_step, make_ddpm_step, sample
@@ -130,6 +131,32 @@ def test_a_component_asked_for_is_a_gaussian_and_dropping_takes_the_wish_back():
     dropped = oracle(x, t, y=torch.tensor([0, 1, 2]), drop=torch.tensor([True, True, False]))
     close(dropped.x0[:2], oracle(x, t).x0[:2], 1e-15)
     close(dropped.x0[2], pred.x0[2], 0)
+
+
+@pytest.mark.equation("cg.tempered", "cfg.tempered")
+def test_the_gradient_of_the_tempered_density_is_the_guided_score():
+    oracle, y = GaussianMixtureOracle(ddpm(), **MIXTURE), torch.tensor([0, 1, 2, 1, 0, 2])
+    for t in (times(20), times(300), times(20, 300, 600, 800, 900, 1000)):
+        for w in (0.0, 0.4, 1.0, 3.0):
+            x = randn(6, 2).requires_grad_()
+            slope = torch.autograd.grad(oracle.tempered_log_density(x, t, y, w).sum(), x)[0]
+            guided = classifier_free(oracle, w, y=y)(x.detach(), t)
+            close(slope, -guided.eps / guided.std, 1e-11)
+
+
+@pytest.mark.equation("cfg.tempered")
+def test_both_factorings_of_the_tempered_density_differ_by_a_constant():
+    oracle, x, t = GaussianMixtureOracle(ddpm(), **MIXTURE), randn(50, 2), times(300)
+    for k in range(3):
+        y = torch.full((50,), k)
+        posterior, log_weight = oracle.class_log_prob(x, t)[:, k], math.log(MIXTURE["weights"][k])
+        scale, std = oracle.process.marginal(t)
+        cov = (scale**2 * MIXTURE["stds"][k] ** 2 + std**2) * torch.eye(2, dtype=F64)
+        given = MultivariateNormal(scale * torch.tensor(MIXTURE["means"][k], dtype=F64), cov).log_prob(x)
+        for w in (1.0, 3.0):
+            gap = oracle.tempered_log_density(x, t, y, w) - (given + (w - 1) * posterior)
+            close(gap, torch.full((50,), log_weight, dtype=F64), 1e-12)
+        close(oracle.tempered_log_density(x, t, y, 0.0), oracle.log_prob(x, t), 1e-13)
 
 
 def test_mixture_samples_have_the_mixtures_moments():

@@ -1,23 +1,22 @@
-"""Sections 11, 12, 15, 16 and EDM: every sampler against exact laws, exact recursions and its order of convergence."""
+"""Sections 11 and 12: ancestral sampling and all steps that draw against exact laws; steps made of steps; noise."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from affine import affine_law, last, sampler_law
-from exact import DATA, F64, ancestral_steps, close, ddim_steps, normal, propagate, randn, running_product, slope, times
+from affine import affine_law, last, laws_agree, sampler_law
+from exact import DATA, F64, ancestral_steps, close, normal, propagate, randn, running_product, slope, times
 
 from diffusion_edu.denoiser import Denoiser
 from diffusion_edu.guidance import static_threshold, trace
-from diffusion_edu.oracles import DatasetOracle, GaussianMixtureOracle, GaussianOracle
+from diffusion_edu.oracles import GaussianMixtureOracle, GaussianOracle
 from diffusion_edu.prediction import Prediction
 from diffusion_edu.process import VE, VESDE, VPSDE, DiscreteVP, SubVPSDE, jump, posterior, q_sample, uniform_log_snr
 from diffusion_edu.samplers import (
     beta,
     beta_tilde,
     chain,
-    churn,
     ddim_step,
     euler_maruyama_step,
     finite,
@@ -33,7 +32,7 @@ from diffusion_edu.samplers import (
     noises_per_sample,
     sample,
 )
-from diffusion_edu.schedules import cosine_beta, karras_sigmas, linear_beta, respace
+from diffusion_edu.schedules import cosine_beta, linear_beta, respace
 
 CLOSE_BY = (0.4, 0.25)  # mean and variance of the acceptance tests
 
@@ -45,10 +44,6 @@ def ddpm():
 def mixture(process):
     means = torch.tensor([[-1.0, 0.5], [1.0, -0.5]], dtype=F64)
     return GaussianMixtureOracle(process, means, [0.4, 0.3], [0.6, 0.4])
-
-
-def laws_agree(a, b, tol):
-    close(torch.tensor(a, dtype=F64), torch.tensor(b, dtype=F64), tol)
 
 
 # Ancestral sampling
@@ -168,151 +163,6 @@ def test_learned_variance_runs_from_beta_tilde_to_beta_and_holds_the_best_one():
         close(var(frac), best.expand(3, 1), 1e-13)
 
 
-# DDIM
-
-
-@pytest.mark.equation("ddim.update", "ddim.strided", "gt.affine_propagation")
-@pytest.mark.parametrize("n", [1, 10, 37, 1000])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_on_strides_is_the_exact_recursion(n, eta):
-    process = ddpm()
-    grid = process.grid(n)
-    exact = propagate(ddim_steps(running_product(process.beta.tolist()), grid.tolist(), eta), CLOSE_BY)
-    laws_agree(sampler_law(make_ddim_step(eta), GaussianOracle(process, *CLOSE_BY), grid), exact, 1e-9)
-
-
-@pytest.mark.equation("ddim.update", "ddim.sigma_eta")
-def test_ddim_with_eta_one_is_the_ancestral_step():
-    process, x, z = ddpm(), randn(5, 2), randn(5, 2, seed=1)
-    for t, s in ((1000, 999), (500, 499), (2, 1), (1, 0), (1000, 500), (37, 20)):
-        args = (mixture(process), x, times(t), times(s), lambda x: z)
-        close(make_ddim_step(1.0)(*args), make_ddpm_step(beta_tilde)(*args), 1e-10)
-    for process in (VPSDE(), SubVPSDE(), VESDE(), VE()):
-        t, s = (torch.tensor(v * process.T, dtype=F64) for v in (0.6, 0.4))
-        args = (mixture(process), x, t, s, lambda x: z)
-        close(make_ddim_step(1.0)(*args), make_ddpm_step(beta_tilde)(*args), 1e-10)
-
-
-@pytest.mark.equation("ddim.sigma_eta", "ddim.conditional", "ddim.marginals")
-def test_the_ddim_noise_is_eta_times_the_posteriors_and_keeps_the_marginals():
-    process, x0 = ddpm(), torch.full((1, 1), 0.8, dtype=F64)
-    ab = process.alpha_bar
-    for t, s in ((500, 499), (500, 100), (2, 1)):
-        for eta in (0.0, 0.5, 1.0):
-            knows = DatasetOracle(process, x0)  # x0-hat = x0, eps-hat = the noise that was added
-            kernel = make_ddim_step(eta).kernel
-            (at_0, sigma), (at_1, _) = (
-                kernel(knows, torch.full((1, 1), v, dtype=F64), times(t), times(s)) for v in (0.0, 1.0)
-            )
-            sigma = torch.zeros(()) if sigma is None else sigma
-            gain = at_1 - at_0
-            close(gain**2 * (1 - ab[t]) + sigma**2, (1 - ab[s]).reshape(1, 1), 1e-13)
-            close(at_0 + gain * ab[t].sqrt() * x0, ab[s].sqrt() * x0, 1e-13)
-            printed = eta * ((1 - ab[s]) / (1 - ab[t]) * (1 - ab[t] / ab[s])).sqrt()  # E000-16: not sqrt(eta)
-            close(sigma, printed, 1e-12)
-            assert sigma**2 <= 1 - ab[s]
-
-
-@pytest.mark.equation("ddim.deterministic", "ddim.ode")
-def test_a_ddim_step_is_an_euler_step_in_sigma():
-    for process in (ddpm(), VPSDE(), VE()):
-        oracle, x = mixture(process), randn(4, 2)
-        t, s = (times(v) if process.discrete else torch.tensor(v / 1000 * process.T, dtype=F64) for v in (700, 400))
-        (a_t, b_t), (a_s, b_s) = process.marginal(t), process.marginal(s)
-        euler = x / a_t + (b_s / a_s - b_t / a_t) * oracle(x, t).eps
-        close(ddim_step(oracle, x, t, s, None) / a_s, euler, 1e-12)
-
-
-@pytest.mark.equation("ddim.constant_x0")
-def test_one_ddim_step_is_exact_where_the_guess_is_constant():
-    oracle = DatasetOracle(ddpm(), torch.full((1, 2), 0.3, dtype=F64))
-    x_T = randn(4, 2)
-    for n in (1, 7, 1000):
-        close(last(sample(ddim_step, oracle, x_T, oracle.process.grid(n))), torch.full((4, 2), 0.3, dtype=F64), 1e-12)
-
-
-@pytest.mark.equation("ddim.strided")
-def test_eleven_ddim_steps_have_the_inventorys_law():
-    mean, var = sampler_law(ddim_step, GaussianOracle(ddpm(), *DATA), ddpm().grid(11))
-    assert mean == pytest.approx(1.297, abs=0.01) and var**0.5 == pytest.approx(0.374, abs=0.02)
-    mean, var = sampler_law(ddim_step, GaussianOracle(ddpm(), *DATA), ddpm().grid(1000))
-    assert mean == pytest.approx(1.296, abs=0.002) and var**0.5 == pytest.approx(0.4985, abs=0.0005)
-
-
-# Orders of convergence
-
-
-def flow(oracle, x, levels):
-    """The probability flow by Runge and Kutta's rule, d(x/a) = eps d(b/a) in steps of log(b/a): the reference."""
-    process = oracle.process
-
-    def velocity(log_snr, xbar):
-        sigma = (-log_snr / 2).exp()
-        t = process.time_of(log_snr)
-        return -sigma / 2 * oracle(process.marginal(t)[0] * xbar, t).eps  # d sigma = -sigma / 2 d log_snr
-
-    xbar = x / process.marginal(process.time_of(levels[0]))[0]
-    for a, b in pairwise(levels):
-        h = b - a
-        k1 = velocity(a, xbar)
-        k2 = velocity(a + h / 2, xbar + h / 2 * k1)
-        k3 = velocity(a + h / 2, xbar + h / 2 * k2)
-        k4 = velocity(b, xbar + h * k3)
-        xbar = xbar + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return process.marginal(process.time_of(levels[-1]))[0] * xbar
-
-
-@pytest.mark.equation("edm.heun", "solver.dpmpp2m", "ddim.deterministic")
-def test_orders_ddim_one_heun_two_dpmpp_2m_two():
-    oracle, x_T, counts = mixture(VPSDE(0.1, 20.0)), randn(32, 2), (40, 80, 160, 320)
-    ends = oracle.process.log_snr(torch.tensor([1.0, 1e-3], dtype=F64))
-    exact = flow(oracle, x_T, torch.linspace(*ends.tolist(), 1001, dtype=F64))
-    orders = {}
-    for name, make in (("ddim", lambda: ddim_step), ("heun", lambda: heun_step), ("2M", make_dpmpp_2m_step)):
-        errors = []
-        for n in counts:
-            grid = oracle.process.grid(n + 1, uniform_log_snr(1e-3))[:-1]  # n steps, from 1 to 1e-3
-            errors.append((last(sample(make(), oracle, x_T, grid)) - exact).norm(dim=1).mean().item())
-        orders[name] = slope(counts, errors)
-    assert abs(orders["ddim"] - 1) < 0.15 and abs(orders["heun"] - 2) < 0.15 and abs(orders["2M"] - 2) < 0.15, orders
-
-
-@pytest.mark.equation("edm.heun")
-def test_heun_is_edms_listing_and_takes_two_evaluations_but_one_at_the_end():
-    oracle, x = trace(mixture(VE())), 5 * randn(3, 2)
-    sigmas = karras_sigmas(6, 0.05, 5.0)
-    mine = last(sample(heun_step, oracle, x, sigmas))
-    assert oracle.n_evaluations == 2 * 6 - 1
-    for t, s in pairwise(sigmas):
-        d = (x - oracle(x, t).x0) / t
-        x_next = x + (s - t) * d
-        if s > 0:
-            d_next = (x_next - oracle(x_next, s).x0) / s
-            x_next = x + (s - t) * (d + d_next) / 2
-        x = x_next
-    close(mine, x, 1e-12)
-
-
-@pytest.mark.equation("solver.dpmpp2m")
-def test_dpmpp_2m_is_the_papers_listing():
-    oracle, x = mixture(VPSDE()), randn(3, 2)
-    grid = oracle.process.grid(8, uniform_log_snr(1e-2))
-    mine = list(sample(make_dpmpp_2m_step(), oracle, x, grid))
-    history = None
-    for i, (t, s) in enumerate(pairwise(grid)):
-        (a_t, b_t), (a_s, b_s) = oracle.process.marginal(t), oracle.process.marginal(s)
-        x0, h = oracle(x, t).x0, (a_s / b_s).log() - (a_t / b_t).log()
-        if history is None or s == 0:
-            d = x0
-        else:
-            before, h_before = history
-            r = h_before / h
-            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
-        x, history = b_s / b_t * x - a_s * torch.expm1(-h) * d, (x0, h)
-        close(mine[i], x, 1e-12)
-    assert torch.equal(mine[-1], oracle(mine[-2], grid[-2]).x0)
-
-
 # Steps that draw
 
 
@@ -367,41 +217,6 @@ def test_langevin_follows_the_score_of_its_level():
     moved = make_langevin_step(r=0.2)(oracle, x, t, s, lambda x: z)
     close(moved, x + eps * oracle(x, t).score + (2 * eps) ** 0.5 * z, 1e-13)
     assert make_langevin_step()(oracle, x, t * 0, t * 0, None) is x
-
-
-@pytest.mark.equation("edm.churn")
-def test_churn_moves_up_the_marginals_and_zero_churn_is_the_step():
-    for process in (VE(), VPSDE()):
-        oracle, t = GaussianOracle(process, *DATA), torch.tensor(0.5, dtype=F64)
-        seen = []
-        stay = lambda model, x, t_hat, s, noise: seen.append(t_hat) or x
-        (m, v), (a, b) = oracle.law(t), process.marginal(t)
-        start = lambda noise, like: m + v.sqrt() * noise(like)
-        law = affine_law(lambda noise, like: churn(stay, 0.3)(oracle, start(noise, like), t, t * 0, noise))
-        a_hat, b_hat = process.marginal(seen[-1])
-        close(b_hat / a_hat, 1.3 * b / a, 1e-12)  # sigma-hat = 1.3 sigma
-        laws_agree(law, oracle.law(seen[-1]), 1e-12)
-        s, x = torch.tensor(0.4, dtype=F64), randn(3, 2)
-        model, noise = mixture(process), lambda x: pytest.fail("no noise is needed")
-        assert torch.equal(churn(heun_step, 0.0)(model, x, t, s, noise), heun_step(model, x, t, s))
-        outside = churn(heun_step, 0.3, sigma_min=20.0, sigma_max=50.0)
-        assert torch.equal(outside(model, x, t, s, noise), heun_step(model, x, t, s))
-
-
-def test_churn_by_zero_changes_nothing_at_any_time():
-    for process in (VPSDE(), VESDE(), VE()):
-        model, times, x = mixture(process), process.grid(100), randn(3, 2)
-        churned = last(sample(churn(heun_step, 0.0), model, x, times))  # and asks for no noise
-        assert torch.equal(churned, last(sample(heun_step, model, x, times)))
-
-
-@pytest.mark.equation("edm.churn")
-def test_s_noise_scales_the_fresh_noise():
-    oracle, t = mixture(VE()), torch.tensor(0.5, dtype=F64)
-    stay = lambda model, x, t_hat, s, noise: x
-    x, z = randn(3, 2), randn(3, 2, seed=1)
-    moved = churn(stay, 0.3, s_noise=1.007)(oracle, x, t, t * 0, lambda x: z)
-    close(moved, x + 1.007 * 0.5 * (1.3**2 - 1) ** 0.5 * z, 1e-13)
 
 
 def test_kernel_step_draws_what_the_model_says():

@@ -19,7 +19,7 @@ def _rate_std(beta, var, *, half=0.5, start=lambda beta, var: 1 + (var - 1) * ma
 
 
 def _trace_variances(A, *, symmetric=lambda A: (A + A.T) / 2, factor=2):
-    """Variances of v^T A v for random signs and for standard normal v."""
+    """Variances of z^T A z for random signs and for standard normal z."""
     S = symmetric(A)
     squares = S**2
     return factor * (squares.sum() - squares.diagonal().sum()), factor * squares.sum()
@@ -79,19 +79,19 @@ EXERCISES = {
         _trace_variances,
         inputs=((_matrix(4, 0),), (_matrix(7, 1),), (torch.diag(_matrix(3, 2)[0]),)),
         mistakes={
-            "A need not be symmetric, but v^T A v sees only its symmetric part (A + A^T) / 2": (
+            "A need not be symmetric, but z^T A z sees only its symmetric part (A + A^T) / 2": (
                 lambda A: _trace_variances(A, symmetric=lambda A: A)
             ),
-            "each pair i < j gives 2 S_ij v_i v_j, of variance 4 S_ij^2: the sum over all i != j has a factor 2": (
+            "each pair i < j gives 2 S_ij z_i z_j, of variance 4 S_ij^2: the sum over all i != j has a factor 2": (
                 lambda A: _trace_variances(A, factor=1)
             ),
             "the other way round: signs first, and they see no diagonal": lambda A: _trace_variances(A)[::-1],
-            "v_i^2 is 1 for signs: the diagonal does not vary; for normal v it has variance 2": (
+            "z_i^2 is 1 for signs: the diagonal does not vary; for normal z it has variance 2": (
                 lambda A: (_trace_variances(A)[1],) * 2
             ),
-            "for normal v the diagonal varies, too: v_i^2 has variance 2": lambda A: (_trace_variances(A)[0],) * 2,
+            "for normal z the diagonal varies, too: z_i^2 has variance 2": lambda A: (_trace_variances(A)[0],) * 2,
             "these are standard deviations": lambda A: tuple(v**0.5 for v in _trace_variances(A)),
-            "v_i^2 of a normal v has variance 3 - 1 = 2, not 3": (
+            "z_i^2 of a normal z has variance 3 - 1 = 2, not 3": (
                 lambda A: (_trace_variances(A)[0], _trace_variances(A)[1] + (A.diagonal() ** 2).sum())
             ),
             "(A + A^T) / 2, with its half: the diagonal must stay": (

@@ -24,6 +24,8 @@ class Classifier(nn.Module):
 
     def __init__(self, in_channels=1, size=8, n_classes=10, width=32, n_features=64, time=False):
         super().__init__()
+        if checks.integer("size", size, 2) % 2:
+            checks.fail("size", "be even", size)
         self.shape = (in_channels, size, size)
         self.body = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1),

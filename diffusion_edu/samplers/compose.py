@@ -59,6 +59,8 @@ def guided_mean(step, log_prob, w):
 
     .. math:: x_s \sim \mathcal N\big(\mu + w\,\sigma^2\,\nabla_x \log p_\phi(y \mid x)|_{x = \mu},\ \sigma^2\big)
 
+    Where the last step draws nothing (as in DDPM and DDIM), its mean is the sample and is not moved.
+
     Parameters
     ----------
     step : KernelStep
@@ -81,15 +83,14 @@ def guided_mean(step, log_prob, w):
     w = checks.real("w", w, 0)
     if not isinstance(step, KernelStep):
         checks.fail("step", "be a Gaussian step (KernelStep), such as make_ddpm_step()", step, TypeError)
+    checks.function("log_prob", log_prob, "noisy_classifier.log_prob(y)")
 
     def kernel(model, x_t, t, s):
         mean, sigma = step.kernel(model, x_t, t, s)
-        if sigma is None:
-            if s > 0:
-                checks.fail("step", "draw noise: its variance is what w scales", "a deterministic step")
-            return mean, None
-        if s == 0 and not step.draws_last:
-            return mean, sigma  # the last mean is the sample: there is no draw that the classifier could lean on
+        if sigma is None and s > 0:
+            checks.fail("step", "draw noise: its variance is what w scales", "a deterministic step")
+        if sigma is None or (s == 0 and not (step.draws_last and (sigma > 0).any())):
+            return mean, sigma
         return mean + w * sigma**2 * gradient(log_prob, mean, s), sigma
 
     return KernelStep(kernel, step.draws_last)

@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..process import check_decreasing, expand, jump
-from .driver import KernelStep, evaluating
+from .driver import KernelStep, check_model, evaluating
 
 
 def ddim_sigma(process, t, s, eta=1.0):
@@ -70,7 +70,7 @@ def ddim_mean(process, x0, eps, s, sigma):
     checks.same_shape("eps", eps, "x0", checks.floating("x0", x0))
     a_s, b_s = process.marginal(checks.batch_of_times("s", s, len(x0)))
     left = b_s**2 - sigma**2
-    if left.device.type == "cpu" and not ((left >= -1e-12) & (sigma >= 0)).all():
+    if left.device.type == "cpu" and not ((left >= -1e-12 * b_s**2) & (sigma >= 0)).all():
         checks.fail("sigma", "be between 0 and std(s)", f"sigma = {sigma.tolist()}, std(s) = {b_s.tolist()}")
     return expand(a_s, x0) * x0 + expand(left.clamp_min(0).sqrt(), x0) * eps
 
@@ -137,6 +137,8 @@ def invert(model, x0, times, n_refine=0):
 
     .. math:: x_t \leftarrow \frac{a_t}{a_s}\big(x_s - b_s\,\hat\epsilon(x_t, t)\big) + b_t\,\hat\epsilon(x_t, t)
 
+    Where a_T = 0 the last step up is not refined: there eps is x_T itself, whatever x_T.
+
     Parameters
     ----------
     model : Model
@@ -159,7 +161,7 @@ def invert(model, x0, times, n_refine=0):
     .. [1] Song et al., 2021, arXiv:2010.02502, section 5.4.
     """
     x = checks.floating("x0", x0).detach()
-    times = check_decreasing(model.process.check_times(times, "times")).flip(0)
+    times = check_decreasing(check_model(model).process.check_times(times, "times")).flip(0)
     checks.integer("n_refine", n_refine, 0)
     if times[0] != 0:
         checks.fail("times", "end in 0, where x0 lies", times[0].item())
@@ -204,8 +206,8 @@ def slerp(x, y, share):
     .. [1] Shoemake, 1985; Song et al., 2021, arXiv:2010.02502, appendix D.5.
     """
     checks.same_shape("y", y, "x", checks.floating("x", x))
-    share = torch.as_tensor(share, dtype=torch.float64)
-    if not ((share >= 0) & (share <= 1)).all():
+    share = checks.batch_of_times("share", torch.as_tensor(share, dtype=torch.float64), len(x))
+    if share.device.type == "cpu" and not ((share >= 0) & (share <= 1)).all():
         checks.fail("share", "be in [0, 1]", share.flatten()[:8].tolist())
     u, v = (z.double().flatten(1) for z in (x, y))
     cos = (u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1)).clamp_min(1e-300)

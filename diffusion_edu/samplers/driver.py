@@ -44,14 +44,20 @@ def sample(step, model, x_T, times, noise=None):
     """
     if not callable(step) or getattr(step, "__name__", "").startswith("make_"):
         checks.fail("step", "be a step, such as ddim_step or make_ddpm_step()", checks.shown(step), TypeError)
-    if not hasattr(model, "process"):
-        checks.fail("model", "have a process, as a Denoiser or an oracle does", checks.shown(model), TypeError)
+    check_model(model)
     x = checks.floating("x_T", x_T).detach()
     times = check_decreasing(model.process.check_times(times, "times"))
     noise = _no_noise if noise is None else checks.function("noise", noise, "noises(seed)")
     for t, s in pairwise(times):
         x = evaluating(model, step, x, t, s, noise)
         yield x
+
+
+def check_model(model):
+    """Something with a process."""
+    if not hasattr(model, "process"):
+        checks.fail("model", "have a process, as a Denoiser or an oracle does", checks.shown(model), TypeError)
+    return model
 
 
 def evaluating(model, function, *arguments):

@@ -89,7 +89,7 @@ euler_maruyama_step.__doc__ = r"""The reverse SDE by Euler and Maruyama.
 
     References
     ----------
-    .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 6 and appendix D.
+    .. [1] Song et al., 2021, arXiv:2011.13456, Eq. 6 and appendix E.
     """
 
 

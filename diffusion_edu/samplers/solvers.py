@@ -1,7 +1,7 @@
 r"""Fast solvers of the probability-flow ODE: two evaluations a step, or a memory, make them of higher order.
 
 All of them integrate the linear part of the ODE exactly and approximate the network only, as a function of
-lambda = log(scale / std), half the log SNR:
+lambda = log(scale / std), half the log SNR (Heun's step: of sigma = std / scale):
 
 .. math:: x_s = \frac{a_s}{a_t} x_t - a_s \int_{\lambda_t}^{\lambda_s} e^{-\lambda}\,\hat\epsilon\, d\lambda
           = \frac{b_s}{b_t} x_t + b_s \int_{\lambda_t}^{\lambda_s} e^{\lambda}\,\hat x_0\, d\lambda
@@ -144,18 +144,18 @@ def heun_step(model, x_t, t, s, noise=None):
 class _Multistep:
     """A step that remembers (lambda, pred.view) of the last steps, newest first.
 
-    The memory is dropped when the step is handed a tensor that it did not return itself.
+    The memory is dropped unless the step goes on where it came to: from the very tensor it returned, at that time.
     """
 
     def __init__(self, view, length):
-        self.view, self.length, self.returned, self.memory = view, length, None, []
+        self.view, self.length, self.returned, self.time, self.memory = view, length, None, None, []
 
     def __call__(self, model, x_t, t, s, noise=None):
         pred = model(x_t, t)
-        if x_t is not self.returned:
+        if x_t is not self.returned or t != self.time:
             self.memory = []
         now = (half_log_snr(model.process, t), getattr(pred, self.view))
-        self.memory = [now, *self.memory][: self.length]
+        self.memory, self.time = [now, *self.memory][: self.length], s
         if _at_an_end(model.process, t, s):
             a_s, b_s = (expand(c, x_t) for c in model.process.marginal(s))
             self.memory, self.returned = [], a_s * pred.x0 + b_s * pred.eps
@@ -170,8 +170,8 @@ class Dpmpp2M(_Multistep):
     .. math:: x_s = \frac{b_s}{b_t} x_t - a_s (e^{-h} - 1) D, \qquad
               D = \hat x_0 + \tfrac{h}{2 h'}(\hat x_0 - \hat x_0'), \qquad h = \lambda_s - \lambda_t
 
-    with h', x0' of the step before. The memory is dropped when the step is handed a tensor that it did not return
-    itself (a new run, a sampler that edits x).
+    with h', x0' of the step before. What it remembers is dropped when it is handed a tensor that it did not return
+    itself (a new run, a sampler that edits x), and the next step is DDIM's.
 
     Equations: solver.dpmpp2m
 
@@ -185,7 +185,8 @@ class Dpmpp2M(_Multistep):
 
     def advance(self, process, x_t, t, s):
         (lam, x0), *before = self.memory
-        for lam_before, x0_before in before:
+        if before:
+            ((lam_before, x0_before),) = before
             h, h_before = half_log_snr(process, s) - lam, lam - lam_before
             x0 = x0 + expand(h / (2 * h_before), x_t) * (x0 - x0_before)
         return _x0_form(process, x_t, t, s, x0)
@@ -203,14 +204,14 @@ class Adams(_Multistep):
               P(\lambda_{t_j} - \lambda_t) = \hat\epsilon(x_{t_j}, t_j), \quad j = 0..k-1
 
     One evaluation a step and order k; the first steps, with less to remember, are of lower order, and the first of
-    all is DDIM.
+    all is DDIM's, as is one from a tensor that it did not return itself.
 
     Equations: solver.exact
 
     References
     ----------
     .. [1] Zhang and Chen, "Fast Sampling of Diffusion Models with Exponential Integrator" (DEIS), 2023,
-       arXiv:2204.13902, section 3.3; the polynomials here are in lambda, theirs in t.
+       arXiv:2204.13902, section 3; the polynomials here are in lambda, theirs in t.
     """
 
     def __init__(self, order=3):
