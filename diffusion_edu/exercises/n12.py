@@ -47,7 +47,7 @@ EXERCISES = {
         _clean,
         inputs=((-1.0, 0.5), (-4.0, -3.5), (0.3, 3.0), (2.0, 2.1)),
         mistakes={
-            "these are the factors of x_t and eps-hat (or a and b are swapped); the question asks for x0-hat": _noise,
+            "these are the factors of x_t and eps-hat; the question asks for x0-hat": _noise,
             "lambda is half of the log SNR here: a^2 is the sigmoid of 2 lambda": (
                 lambda *case: _clean(*case, marginal=lambda lam: _marginal(lam / 2))
             ),
@@ -127,9 +127,6 @@ EXERCISES = {
             ),
             "that is the weight of the error of x0 itself": lambda snr: (max(snr, 1.0),) * 2,
             "right for eps; the error of v is 1 + SNR times that of x0": lambda snr: (_weights(snr)[0],) * 2,
-            "right for eps; 1 + SNR, not SNR, belongs below the weight of v": (
-                lambda snr: (_weights(snr)[0], max(snr, 1.0) / snr)
-            ),
         },
     ),
 }
