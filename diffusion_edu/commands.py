@@ -145,8 +145,8 @@ def save_image(path, image):
 
 def classes(config, n):
     """What `draw` is asked for: n labels, each class in turn, or the number n where there are no classes."""
-    classes = config.net.get("n_classes")
-    return torch.arange(n) % classes if classes else n
+    n_classes = config.net.get("n_classes")
+    return torch.arange(n) % n_classes if n_classes else n
 
 
 def _training(config, model, x0, y, ema):

@@ -31,8 +31,6 @@ from .schedules import (
 from .training import Recipe, dequantized, flipped, level_times, log_normal_times
 from .vae import make_hvae
 
-BETAS = {"linear": linear_beta, "cosine": cosine_beta, "quadratic": quadratic_beta, "sigmoid": sigmoid_beta}
-
 
 def shifted_cosine(T=1000, size=64, base=32):
     """The cosine schedule of ``base`` pixels a side, shifted for ``size``."""
@@ -40,7 +38,13 @@ def shifted_cosine(T=1000, size=64, base=32):
     return beta_from_log_snr(shift_log_snr(cosine_log_snr(t), size, base))
 
 
-BETAS["shifted_cosine"] = shifted_cosine
+BETAS = {
+    "linear": linear_beta,
+    "cosine": cosine_beta,
+    "quadratic": quadratic_beta,
+    "sigmoid": sigmoid_beta,
+    "shifted_cosine": shifted_cosine,
+}
 
 
 def table(beta, **arguments):

@@ -87,8 +87,7 @@ def progressive_loss(teacher, times, weight=truncated_snr_weight):
         m, s = _following(times, t, 2)
         with torch.no_grad():
             target = evaluating(teacher, lambda teacher: two_step_target(teacher, x_t, t, m, s, **cond))
-        error = ((target - model(x_t, t, **cond).x0) ** 2).flatten(1).mean(1)
-        return weight(model.process, t).to(error) * error
+        return _weighted_error(model(x_t, t, **cond).x0, target, weight(model.process, t))
 
     return loss
 
@@ -170,8 +169,7 @@ def consistency_loss(teacher, times, weight=truncated_snr_weight):
             x_s = evaluating(teacher, lambda teacher: ddim_step(bind(teacher, **cond), x_t, t, s, None))
             later = model(x_s, s.clamp(min=times[-2].item()), **cond).x0  # a model is never asked about time 0
             target = torch.where(expand(s, x_s) > 0, later, x_s)
-        error = ((target - model(x_t, t, **cond).x0) ** 2).flatten(1).mean(1)
-        return weight(model.process, t).to(error) * error
+        return _weighted_error(model(x_t, t, **cond).x0, target, weight(model.process, t))
 
     return loss
 
@@ -223,6 +221,12 @@ def _grid(teacher, times):
     if times[-1] != 0:
         checks.fail("times", "end in 0", times[-1].item())
     return times
+
+
+def _weighted_error(x0, target, weight):
+    """Mean squared error of x0 of each example, times its weight (B,)."""
+    error = ((target - x0) ** 2).flatten(1).mean(1)
+    return weight.to(error) * error
 
 
 def _following(times, t, n):

@@ -184,7 +184,8 @@ def evaluate(model, config=None, n=900):
         ``loss`` : where there is no judge, the training loss on n test images.
     """
     digits = config is None or config.data["kind"] == "digits"
-    x_test, y_test = data.digits("test") if config is None else config.load_data("test")
+    load_data = data.digits if config is None else config.load_data
+    x_test, y_test = load_data("test")
     if isinstance(model, HVAE):
         nats = torch.stack([-model.elbo(x_test, noise) for noise in map(noises, range(64))])
         return {"bits_per_dim": round(bits_per_dim(nats.double().mean().item(), 64), 4)}
@@ -201,12 +202,12 @@ def evaluate(model, config=None, n=900):
     judge = "digits_classifier" if digits else config.judge
     if judge is None:
         return {"loss": _test_loss(model, config, x_test[:n], y_test)}
-    return _sample_metrics(model, config, load(judge), x_test, n)
+    return _sample_metrics(model, config, load(judge), load_data, n)
 
 
-def _sample_metrics(model, config, classifier, x_test, n):
+def _sample_metrics(model, config, classifier, load_data, n):
     """Metrics of n samples of an image model, beside the floor of its training images."""
-    train_half = data.digits("train")[0] if config is None else config.load_data("train")[0]
+    x_test, train_half = load_data("test")[0], load_data("train")[0]
     n_classes = 10 if config is None else config.net.get("n_classes")
     y = torch.arange(n) % n_classes if n_classes else None
     if config is not None and config.distill:

@@ -1578,7 +1578,7 @@ def _(original):
     from diffusion_edu.samplers import ddim_step, solvers
 
     def dpm2_step(model, x_t, t, s, noise=None):
-        if solvers._at_an_end(model.process, t, s):
+        if solvers.at_an_end(model.process, t, s):
             return ddim_step(model, x_t, t, s, noise)
         sde, t, s = model.process.continuous(), t.double(), s.double()
         m, eps = solvers._midpoint(sde, t, s), model(x_t, t).eps

@@ -124,6 +124,11 @@ ddim_step.__doc__ = r"""DDIM with eta = 0: no noise. Euler's rule for an ODE, in
     """
 
 
+def at_an_end(process, t, s):
+    """Whether the log SNR is infinite at t or s: there every solver of the ODE takes DDIM's step."""
+    return s == 0 or (process.zero_terminal_snr and t == process.T)
+
+
 @torch.no_grad()
 def invert(model, x0, times, n_refine=0):
     r"""Run DDIM upward: the noise x_T that `ddim_step` turns back into x0, nearly.
@@ -171,14 +176,13 @@ def invert(model, x0, times, n_refine=0):
 
 
 def _up(model, x_s, s, t, n_refine):
-    """One DDIM step from s up to t."""
+    """One DDIM step from s up to t: asked at (x_s, s) first, then at what was found."""
     (a_s, b_s), (a_t, b_t) = ([expand(c, x_s) for c in model.process.marginal(u)] for u in (s, t))
-    eps = model(x_s, s if s > 0 else t).eps
-    x_t = a_t * (x_s - b_s * eps) / a_s + b_t * eps
-    for _ in range(n_refine):
-        eps = model(x_t, t).eps
-        x_t = a_t * (x_s - b_s * eps) / a_s + b_t * eps
-    return x_t
+    x, time = x_s, s if s > 0 else t
+    for _ in range(n_refine + 1):
+        eps = model(x, time).eps
+        x, time = a_t * (x_s - b_s * eps) / a_s + b_t * eps, t
+    return x
 
 
 def slerp(x, y, share):

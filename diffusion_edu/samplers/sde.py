@@ -7,7 +7,7 @@ import torch
 
 from .. import checks
 from ..process import SDE, expand, jump
-from .ddim import ddim_step
+from .ddim import at_an_end, ddim_step
 from .driver import KernelStep, evaluating
 
 
@@ -122,7 +122,7 @@ def rk4_step(model, x_t, t, s, noise=None):
 
     Equations: sde.pf_ode
     """
-    if s == 0 or (model.process.zero_terminal_snr and t == model.process.T):
+    if at_an_end(model.process, t, s):
         return ddim_step(model, x_t, t, s, noise)
     sde = model.process.continuous()
     return rk4(per_log_snr(probability_flow(model), sde), x_t, sde.log_snr(t.double()), sde.log_snr(s.double()))

@@ -21,7 +21,7 @@ import torch
 
 from .. import checks
 from ..process import expand
-from .ddim import ddim_step
+from .ddim import at_an_end, ddim_step
 
 
 def half_log_snr(process, t):
@@ -31,14 +31,18 @@ def half_log_snr(process, t):
 
     Its inverse is ``process.time_of(2 * lam)``.
 
+    Parameters
+    ----------
+    process : Process
+    t : Tensor, any shape
+
+    Returns
+    -------
+    Tensor, shaped like ``t``, float64
+
     Equations: solver.lambda
     """
     return process.log_snr(t) / 2
-
-
-def _at_an_end(process, t, s):
-    """Whether lambda is infinite at t or s: there all solvers are DDIM."""
-    return s == 0 or (process.zero_terminal_snr and t == process.T)
 
 
 def _eps_form(process, x_t, t, s, eps):
@@ -60,6 +64,16 @@ def _midpoint(sde, t, s):
     return sde.time_of(sde.log_snr(t) / 2 + sde.log_snr(s) / 2)
 
 
+def _by_the_middle(form, view, model, x_t, t, s):
+    """A step with what the model says, ``pred.view``, halfway in lambda, where the step of first order reaches."""
+    if at_an_end(model.process, t, s):
+        return ddim_step(model, x_t, t, s, None)
+    sde, t, s = model.process.continuous(), t.double(), s.double()  # the midpoint is no integer
+    m = _midpoint(sde, t, s)
+    u = form(sde, x_t, t, m, getattr(model(x_t, t), view))
+    return form(sde, x_t, t, s, getattr(model(u, m), view))
+
+
 def dpm1_step(model, x_t, t, s, noise=None):
     r"""DPM-Solver-1: eps frozen at t. It is DDIM, reached from the other side.
 
@@ -71,7 +85,7 @@ def dpm1_step(model, x_t, t, s, noise=None):
     ----------
     .. [1] Lu et al., 2022, arXiv:2206.00927, Eq. 3.7.
     """
-    if _at_an_end(model.process, t, s):
+    if at_an_end(model.process, t, s):
         return ddim_step(model, x_t, t, s, noise)
     return _eps_form(model.process, x_t, t, s, model(x_t, t).eps)
 
@@ -88,12 +102,7 @@ def dpm2_step(model, x_t, t, s, noise=None):
     ----------
     .. [1] Lu et al., 2022, arXiv:2206.00927, algorithm 1.
     """
-    if _at_an_end(model.process, t, s):
-        return ddim_step(model, x_t, t, s, noise)
-    sde, t, s = model.process.continuous(), t.double(), s.double()  # the midpoint is no integer
-    m = _midpoint(sde, t, s)
-    u = _eps_form(sde, x_t, t, m, model(x_t, t).eps)
-    return _eps_form(sde, x_t, t, s, model(u, m).eps)
+    return _by_the_middle(_eps_form, "eps", model, x_t, t, s)
 
 
 def dpmpp_2s_step(model, x_t, t, s, noise=None):
@@ -108,12 +117,7 @@ def dpmpp_2s_step(model, x_t, t, s, noise=None):
     ----------
     .. [1] Lu et al., "DPM-Solver++", 2022, arXiv:2211.01095, algorithm 1 with r = 1/2.
     """
-    if _at_an_end(model.process, t, s):
-        return ddim_step(model, x_t, t, s, noise)
-    sde, t, s = model.process.continuous(), t.double(), s.double()  # the midpoint is no integer
-    m = _midpoint(sde, t, s)
-    u = _x0_form(sde, x_t, t, m, model(x_t, t).x0)
-    return _x0_form(sde, x_t, t, s, model(u, m).x0)
+    return _by_the_middle(_x0_form, "x0", model, x_t, t, s)
 
 
 def heun_step(model, x_t, t, s, noise=None):
@@ -132,7 +136,7 @@ def heun_step(model, x_t, t, s, noise=None):
     ----------
     .. [1] Karras et al., 2022, arXiv:2206.00364, algorithm 1.
     """
-    if _at_an_end(model.process, t, s):
+    if at_an_end(model.process, t, s):
         return ddim_step(model, x_t, t, s, noise)
     pred = model(x_t, t)
     a_s, b_s = (expand(c, x_t) for c in model.process.marginal(s))
@@ -156,7 +160,7 @@ class _Multistep:
             self.memory = []
         now = (half_log_snr(model.process, t), getattr(pred, self.view))
         self.memory, self.time = [now, *self.memory][: self.length], s
-        if _at_an_end(model.process, t, s):
+        if at_an_end(model.process, t, s):
             a_s, b_s = (expand(c, x_t) for c in model.process.marginal(s))
             self.memory, self.returned = [], a_s * pred.x0 + b_s * pred.eps
         else:
